@@ -1,0 +1,508 @@
+"""Image data sets: named ones, ``.npz`` files and image folders, with augmentation that is a function of its seed."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from mgic.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def random_key(*parts: int | str) -> int:
+    """A 63-bit seed for one purpose, e.g. ``random_key("order", seed, epoch)``: nearby parts give unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """The order in which epoch ``epoch`` visits ``length`` samples: ``(length,)`` int64, a function of its arguments."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(random_key("order", seed, epoch)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to images at random.
+
+    Args:
+        crop_padding: Pad by so many black pixels on each side, then crop the old size at random; 0 is off.
+            Image folders have random resized crops instead.
+        flip: Mirror half of the images.
+        seed: Together with the step (in memory) or the epoch and the index (folders) it decides everything.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    seed: int = 0
+
+
+def augment_batch(images: Tensor, generator: torch.Generator, crop_padding: int, flip: bool) -> Tensor:
+    """Pad, crop at random and mirror a batch, each image on its own, with one gather.
+
+    Args:
+        images: Images on any device; any dtype.
+        generator: Of the CPU, whatever the device: every device then sees the same crops.
+        crop_padding: Pixels of black on each side; the offset is uniform on ``0 ... 2 * crop_padding``.
+        flip: Mirror with probability 1/2.
+
+    Shape:
+        ``(N, C, H, W) -> (N, C, H, W)``
+    """
+    n, channels, height, width = images.shape
+    top, left = torch.randint(2 * crop_padding + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5 if flip else torch.zeros(n, 1, dtype=torch.bool)
+    columns = torch.arange(width).expand(n, width)
+    rows = (top + torch.arange(height)).to(images.device)
+    columns = (left + torch.where(mirrored, columns.flip(1), columns)).to(images.device)
+    padded = F.pad(images, (crop_padding,) * 4)
+    image = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Split(Protocol):
+    """One half of a data set. Batches are ``(uint8 images (N, C, H, W), int64 labels (N,))`` on its device."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def to(self, device: torch.device) -> Split:
+        """The same images where the network is."""
+        ...
+
+    def training_batches(
+        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented batches of the given indices; the first of them belongs to step ``step``."""
+        ...
+
+    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, in order, without augmentation; the last batch may be smaller."""
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in memory, on the device that trains: for small sets this is faster than any loader.
+
+    Args:
+        images: uint8, ``(N, C, H, W)``.
+        labels: int64, ``(N,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on ``device``."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+    def training_batches(
+        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches augmented by the seed and the step alone; ``epoch`` and ``workers`` play no part."""
+        for offset, indices in enumerate(batches):
+            chosen = indices.to(self.images.device)
+            generator = torch.Generator().manual_seed(random_key("augment", augmentation.seed, step + offset))
+            images = augment_batch(self.images[chosen], generator, augmentation.crop_padding, augmentation.flip)
+            yield images, self.labels[chosen]
+
+    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Slices of the images, in order."""
+        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images on disk, decoded by worker processes.
+
+    Each sample is augmented by the seed, the epoch and its index alone, so neither the number of workers nor the
+    place where a run was resumed changes a single pixel.
+
+    Args:
+        samples: Path and label of each image.
+        size: Height and width of the network's input, in pixels.
+        device: Where batches go.
+    """
+
+    samples: tuple[tuple[Path, int], ...]
+    size: int
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def to(self, device: torch.device) -> ImageFiles:
+        """The same files, with batches sent to ``device``."""
+        return ImageFiles(self.samples, self.size, device)
+
+    def training_batches(
+        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random resized crops and flips by torchvision."""
+        if augmentation.crop_padding:
+            raise UserError(
+                f"crop_padding={augmentation.crop_padding} is for data sets in memory: image folders are trained "
+                "on random resized crops; set crop_padding to 0"
+            )
+        decoded = _Decoded(self.samples, self.size, augmentation, epoch)
+        return self._load(decoded, [b.tolist() for b in batches], workers)
+
+    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The shorter side resized to 8/7 of ``size`` (256 for 224), then the centre."""
+        batches = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
+        return self._load(_Decoded(self.samples, self.size), batches, workers)
+
+    def _load(self, decoded: _Decoded, batches: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(decoded, batch_sampler=batches, num_workers=workers, collate_fn=list)
+        iterator = iter(loader)
+        for indices in batches:
+            try:
+                samples = next(iterator)
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                raise RuntimeError(
+                    f"a data worker died while decoding images {indices[0]} ... {indices[-1]}; likely causes: memory "
+                    f"(use fewer workers than {workers}) or a small /dev/shm. The run can be continued."
+                ) from error
+            for image, _ in samples:
+                if isinstance(image, str):
+                    raise UserError(image)
+            images = torch.stack([image for image, _ in samples])
+            labels = torch.tensor([label for _, label in samples])
+            yield images.to(self.device), labels.to(self.device)
+
+
+@dataclass(frozen=True)
+class _Decoded(Dataset[tuple[Tensor | str, int]]):
+    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip."""
+
+    samples: tuple[tuple[Path, int], ...]
+    size: int
+    augmentation: Augmentation | None = None  # None: evaluation
+    epoch: int = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        from PIL import Image
+        from torchvision.transforms import v2
+
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{path}: cannot be decoded as an image ({error}); remove or replace it", label
+        steps: list[Any]
+        if self.augmentation is None:
+            steps = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
+        else:
+            torch.manual_seed(random_key("sample", self.augmentation.seed, self.epoch, index))
+            flip = v2.RandomHorizontalFlip(0.5 if self.augmentation.flip else 0.0)
+            steps = [v2.RandomResizedCrop(self.size, antialias=True), flip]
+        return v2.Compose([v2.PILToTensor(), *steps])(picture), label
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A classification data set, ready to train on.
+
+    Args:
+        name: The name or path it was asked for by.
+        train: Training images.
+        test: Images the accuracy is measured on.
+        num_classes: Labels are ``0 ... num_classes - 1``.
+        input_size: ``(C, H, W)`` of one image.
+        mean: Of the training images, per channel, for pixels in [0, 1] (image folders: ImageNet's published one).
+        std: Standard deviation, likewise.
+        note: Provenance: where the images are from, how many, and what is missing.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    note: str
+
+    def normalizer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The function from uint8 pixels to the network's float32 input: ``(x / 255 - mean) / std``."""
+        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1) * 255
+        std = torch.tensor(self.std, device=device).view(-1, 1, 1) * 255
+        return lambda images: (images.float() - mean) / std
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that tell this data set from another: a resumed run must find the same ones."""
+        return {
+            "name": self.name,
+            "train": len(self.train),
+            "test": len(self.test),
+            "num_classes": self.num_classes,
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def load_data(
+    name: str,
+    root: str | Path | None = None,
+    download: bool = False,
+    *,
+    num_classes: int | None = None,
+    image_size: int = 224,
+) -> ImageData:
+    """Load a data set by name, from an ``.npz`` file or from an image folder.
+
+    Args:
+        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``; the path of an ``.npz`` file with ``x_train,
+            y_train, x_test, y_test`` (uint8, NHW or NHWC); or of a folder with ``train/CLASS/*.jpg`` and ``val`` or
+            ``test`` beside it.
+        root: Folder of the torchvision sets; default ``data``.
+        download: Fetch what is missing. Without it nothing touches the network; archives that are already in
+            ``root`` are unpacked either way.
+        num_classes: Of an ``.npz`` file; default: the largest training label plus one.
+        image_size: Input size of image folders, in pixels.
+
+    Raises:
+        UserError: The name is unknown, the data is not there or its labels are not class indices.
+    """
+    if name in _NAMED:
+        return _NAMED[name](Path("data" if root is None else root), download)
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _npz(path, num_classes)
+    if path.is_dir():
+        return _folder(path, image_size)
+    if len(path.parts) > 1:
+        raise UserError(f"data {name!r}: no such folder; an image folder has train/CLASS/*.jpg and val or test")
+    import difflib
+
+    near = difflib.get_close_matches(name, _NAMED, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_NAMED)}"
+    raise UserError(f"unknown data {name!r}: {hint} A path of an .npz file or of an image folder works too.")
+
+
+def _digits(root: Path, download: bool) -> ImageData:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey values, 0 ... 16, spread over 0 ... 255
+    rng = np.random.RandomState(0)  # the legacy generator: its stream is frozen for ever
+    shuffled = [rng.permutation(np.flatnonzero(digits.target == label)) for label in range(10)]
+    test = np.sort(np.concatenate([s[: round(len(s) / 3)] for s in shuffled]))
+    train = np.setdiff1d(np.arange(len(pixels)), test)
+    note = (
+        f"scikit-learn digits, 8x8: {len(train):,} train and {len(test):,} test images "
+        "(a third of each class, drawn with seed 0; writers are mixed)"
+    )
+    arrays = (pixels[train], digits.target[train], pixels[test], digits.target[test])
+    return _in_memory("digits", *arrays, num_classes=10, note=note)
+
+
+def _fashion_mnist(root: Path, download: bool) -> ImageData:
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import check_integrity
+
+    folder = root / "FashionMNIST" / "raw"
+    archives = [(folder / name, md5) for name, md5 in FashionMNIST.resources]
+    unpacked = all(path.with_suffix("").is_file() for path, _ in archives)
+    if not (unpacked or download):
+        missing = [path.name for path, _ in archives if not path.is_file()]
+        if missing:
+            raise _missing("fashion_mnist", folder, missing)
+        broken = [path.name for path, md5 in archives if not check_integrity(str(path), md5)]
+        if broken:
+            raise UserError(f"fashion_mnist: wrong checksum of {', '.join(broken)} in {folder}; --download replaces it")
+    # With all four archives verified, "download" only unpacks them.
+    train, test = (_fetch(FashionMNIST, root, part, download=not unpacked) for part in (True, False))
+    note = f"FashionMNIST, official split: {len(train.data):,} train and {len(test.data):,} test images"
+    arrays = (train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy())
+    return _in_memory("fashion_mnist", *arrays, num_classes=10, note=note)
+
+
+def _cifar(name: str, classes: int) -> Callable[[Path, bool], ImageData]:
+    def load(root: Path, download: bool) -> ImageData:
+        from torchvision import datasets
+
+        source = getattr(datasets, name)
+        folder, archive = root / source.base_folder, root / source.filename
+        if not (download or folder.is_dir() or archive.is_file()):
+            raise _missing(name.lower(), root, [f"{source.base_folder}/"])
+        unpack = download or (archive.is_file() and not folder.is_dir())
+        train, test = (_fetch(source, root, part, download=unpack) for part in (True, False))
+        note = f"{name}, official split: {len(train.data):,} train and {len(test.data):,} test images"
+        arrays = (train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))
+        return _in_memory(name.lower(), *arrays, num_classes=classes, note=note)
+
+    return load
+
+
+_NAMED: dict[str, Callable[[Path, bool], ImageData]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar("CIFAR10", 10),
+    "cifar100": _cifar("CIFAR100", 100),
+}
+
+
+def _npz(path: Path, num_classes: int | None) -> ImageData:
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    if not path.is_file():
+        raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            absent = [k for k in keys if k not in file.files]
+            if absent:
+                raise UserError(
+                    f"{path}: {', '.join(absent)} not in the file; found {', '.join(file.files) or 'nothing'}"
+                )
+            arrays = [file[k] for k in keys]
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable .npz file ({error})") from error
+    train, test = len(arrays[0]), len(arrays[2])
+    note = f"{path.name}: {train:,} train and {test:,} test images"
+    if path.name.startswith("cifar10.") and (train < 50_000 or test < 10_000):
+        note += (
+            f"; of CIFAR-10, {50_000 - train:,} of 50,000 train and {10_000 - test:,} of 10,000 test images are missing"
+        )
+    return _in_memory(str(path), *arrays, num_classes=num_classes, note=note)
+
+
+def _folder(path: Path, image_size: int) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    test_name = "val" if (path / "val").is_dir() else "test"
+    if not ((path / "train").is_dir() and (path / test_name).is_dir()):
+        raise _missing(f"image folder {path}", path, ["train/CLASS/*.jpg", "val/CLASS/*.jpg (or test/CLASS/*.jpg)"])
+    try:
+        train, test = (ImageFolder(str(path / part), is_valid_file=_is_image) for part in ("train", test_name))
+    except FileNotFoundError as error:  # also torchvision's error for a class without images
+        raise UserError(f"image folder {path}: {' '.join(str(error).split())}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"image folder {path}: train and {test_name} differ in the classes {', '.join(odd)}")
+    splits = [ImageFiles(tuple((Path(p), label) for p, label in s.samples), image_size) for s in (train, test)]
+    return ImageData(
+        name=str(path),
+        train=splits[0],
+        test=splits[1],
+        num_classes=len(train.classes),
+        input_size=(3, image_size, image_size),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        note=f"image folder {path.name}: {len(train):,} train and {len(test):,} {test_name} images",
+    )
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _fetch(source: Any, root: Path, train: bool, download: bool) -> Any:
+    try:
+        return source(str(root), train=train, download=download)
+    except (RuntimeError, OSError) as error:  # torchvision: not found, checksum, network, read-only folder
+        raise UserError(
+            f"{source.__name__}: cannot be loaded from {root} ({' '.join(str(error).split())}); --download fetches it"
+        ) from error
+
+
+def _missing(what: str, folder: Path, expected: Sequence[str]) -> UserError:
+    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    return UserError(
+        f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}; "
+        "--download fetches named sets, --root names their folder"
+    )
+
+
+def _in_memory(
+    name: str,
+    x_train: np.ndarray[Any, Any],
+    y_train: np.ndarray[Any, Any],
+    x_test: np.ndarray[Any, Any],
+    y_test: np.ndarray[Any, Any],
+    *,
+    num_classes: int | None,
+    note: str,
+) -> ImageData:
+    train = Images(_pixels(x_train, f"{name}: x_train"), _labels(y_train, f"{name}: y_train", len(x_train)))
+    test = Images(_pixels(x_test, f"{name}: x_test"), _labels(y_test, f"{name}: y_test", len(x_test)))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = [tuple(s.images.shape[1:]) for s in (train, test)]
+        raise UserError(f"{name}: train images are {sizes[0]} but test images are {sizes[1]} (channels, height, width)")
+    classes = int(train.labels.max()) + 1 if num_classes is None else num_classes
+    for part, split in (("y_train", train), ("y_test", test)):
+        largest = int(split.labels.max())
+        if largest >= classes:
+            raise UserError(f"{name}: {part} has label {largest}, but {classes} classes are 0 ... {classes - 1}")
+    if num_classes is None:
+        empty = (torch.bincount(train.labels, minlength=classes) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise UserError(
+                f"{name}: no training image has label {', '.join(map(str, empty[:8]))} although the largest label is "
+                f"{classes - 1}; labels count from 0, or give num_classes"
+            )
+    mean, std = _mean_std(train.images)
+    channels, height, width = train.images.shape[1:]
+    return ImageData(name, train, test, classes, (channels, height, width), mean, std, note)
+
+
+def _pixels(array: np.ndarray[Any, Any], what: str) -> Tensor:
+    """``(N, H, W)`` or ``(N, H, W, C)`` uint8 as ``(N, C, H, W)``."""
+    if array.dtype != np.uint8:
+        raise UserError(f"{what}: pixels must be uint8 (0 ... 255), got {array.dtype}")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or 0 in array.shape:
+        raise UserError(f"{what}: expected shape (N, H, W) or (N, H, W, C), got {array.shape}")
+    if array.shape[-1] > 4:
+        raise UserError(f"{what}: {array.shape[-1]} channels in the last axis of {array.shape}; expected NHWC, 1 to 4")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def _labels(array: np.ndarray[Any, Any], what: str, images: int) -> Tensor:
+    """Class indices as int64 ``(N,)``; Keras' ``(N, 1)`` is flattened."""
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{what}: labels must be integer class indices, got {array.dtype}")
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise UserError(f"{what}: labels must have shape (N,), got {array.shape}; of one-hot labels take argmax(1)")
+    if len(array) != images:
+        raise UserError(f"{what}: {len(array)} labels for {images} images")
+    if array.min() < 0:
+        raise UserError(f"{what}: label {array.min()} is negative; classes count from 0")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, pixels in [0, 1], exactly: from the histogram of grey values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        means.append(float(mean))
+        stds.append(float((share * (values - mean) ** 2).sum().sqrt()) or 1.0)  # a constant channel stays constant
+    return tuple(means), tuple(stds)
