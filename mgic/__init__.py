@@ -36,48 +36,53 @@ _HOMES = {
     "frozen": "cycle",
     "create_model": "models",
     "list_models": "models",
-    "Cost": "cost",
-    "cost": "cost",
+    "Cost": "counting",
+    "cost": "counting",
     "UserError": "errors",
     "ChannelConfigError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (they are strings)
 
 if TYPE_CHECKING:
-    from .blocks import (
-        BasicBlock,
-        Bottleneck,
-        GroupedLinear,
-        LinearBlock,
-        PreActBasicBlock,
-        PreActBottleneck,
-    )
-    from .cost import Cost, cost
-    from .cycle import (
-        AdditiveChannelChange,
-        ChannelChange,
-        MGICBlock,
-        MGICLinear,
-        Scheme,
-        additive,
-        frozen,
-        multiplicative,
-        plain_prolongation,
-        scaled_correction,
-        tau_correction,
-    )
-    from .errors import ChannelConfigError, UserError
-    from .hierarchy import Level, describe_levels, fit_group_size, plan_levels
-    from .models import create_model, list_models
-    from .transfer import Prolongation, Restriction, averaging_pair, sparse_random_pair
+    from .blocks import BasicBlock as BasicBlock
+    from .blocks import Bottleneck as Bottleneck
+    from .blocks import GroupedLinear as GroupedLinear
+    from .blocks import LinearBlock as LinearBlock
+    from .blocks import PreActBasicBlock as PreActBasicBlock
+    from .blocks import PreActBottleneck as PreActBottleneck
+    from .counting import Cost as Cost
+    from .counting import cost as cost
+    from .cycle import AdditiveChannelChange as AdditiveChannelChange
+    from .cycle import ChannelChange as ChannelChange
+    from .cycle import MGICBlock as MGICBlock
+    from .cycle import MGICLinear as MGICLinear
+    from .cycle import Scheme as Scheme
+    from .cycle import additive as additive
+    from .cycle import frozen as frozen
+    from .cycle import multiplicative as multiplicative
+    from .cycle import plain_prolongation as plain_prolongation
+    from .cycle import scaled_correction as scaled_correction
+    from .cycle import tau_correction as tau_correction
+    from .errors import ChannelConfigError as ChannelConfigError
+    from .errors import UserError as UserError
+    from .hierarchy import Level as Level
+    from .hierarchy import describe_levels as describe_levels
+    from .hierarchy import fit_group_size as fit_group_size
+    from .hierarchy import plan_levels as plan_levels
+    from .models import create_model as create_model
+    from .models import list_models as list_models
+    from .transfer import Prolongation as Prolongation
+    from .transfer import Restriction as Restriction
+    from .transfer import averaging_pair as averaging_pair
+    from .transfer import sparse_random_pair as sparse_random_pair
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mgic' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # the name wins over a submodule of the same name (cost)
+    globals()[name] = value
     return value
 
 

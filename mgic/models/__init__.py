@@ -1,0 +1,46 @@
+"""Every network by name. Importing this package registers the classification networks with timm."""
+
+import difflib
+import fnmatch
+from typing import Any
+
+import timm
+from torch import nn
+
+from ..errors import UserError
+from . import resnet
+
+_MODULES = (resnet,)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names of this library's networks that match a shell pattern, sorted.
+
+    Example:
+        >>> list_models("mgic_resnet?0")
+        ['mgic_resnet20']
+    """
+    names = {name for module in _MODULES for name in module.default_cfgs}
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Build a network by name: one of :func:`list_models`, or any of timm's.
+
+    Args:
+        name: Registered name.
+        overrides: Arguments of the network; unknown ones are errors.
+
+    Raises:
+        UserError: If the name or an argument is unknown; the message names the nearest ones.
+
+    Example:
+        >>> create_model("mgic_resnet20", group_size=4).num_classes
+        10
+    """
+    if not timm.is_model(name):
+        known = sorted({*list_models(), *timm.list_models()})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "mgic models lists all"
+        raise UserError(f"there is no model {name!r}; {hint}")
+    return timm.create_model(name, **overrides)

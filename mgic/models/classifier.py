@@ -1,0 +1,193 @@
+"""The frame of every image classifier here, with timm's whole contract; networks differ only in the parts they pass in."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..cycle import checkpointed
+from ..errors import UserError
+
+
+class Classifier(nn.Module):
+    """Stem, stages, head: ``forward_head(stages(stem(x)))``.
+
+    Args:
+        stem: First layers.
+        stages: One sequence of blocks per resolution.
+        head: Pooling and classifier, with timm's ``reset(num_classes, pool_type)``, ``fc``, ``num_features``.
+        channels: Width after the stem and after each stage.
+        reductions: Stride after the stem and after each stage.
+
+    Shape:
+        ``(N, in_chans, H, W) -> (N, num_classes)``
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Sequential],
+        head: nn.Module,
+        channels: Sequence[int],
+        reductions: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.head = head
+        self.num_classes: int = getattr(head.fc, "out_features", 0)
+        self.num_features = channels[-1]
+        self.head_hidden_size: int = head.num_features  # type: ignore[assignment]
+        self.grad_checkpointing = False
+        names = ["stem", *(f"stages.{i}" for i in range(len(stages)))]
+        # one feature per resolution: the last module that has it
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": name}
+            for i, (name, width, reduction) in enumerate(zip(names, channels, reductions, strict=True))
+            if reduction not in reductions[i + 1 :]
+        ]
+        self.apply(init_weights)
+
+    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """Run one stage, recomputing its blocks in the backward pass where checkpointing is on."""
+        if not (self.grad_checkpointing and self.training):
+            return stage(x)  # type: ignore[no-any-return]
+        for block in stage.children():
+            x = checkpointed(block, x)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(N, in_chans, H, W) -> (N, num_features, H / reduction, W / reduction)``."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self.forward_stage(stage, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(N, num_features, h, w) -> (N, num_classes)``; the pooled features where ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_chans, H, W) -> (N, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the last features and those of the resolutions asked for, as timm does.
+
+        Args:
+            x: Images, ``(N, in_chans, H, W)``.
+            indices: The last so many features, or their places in ``feature_info``; all by default.
+            norm: timm's argument; these features are normed already.
+            stop_early: Stop after the last one asked for.
+            output_fmt: Only ``"NCHW"``.
+            intermediates_only: Return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise UserError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        wanted = {self.feature_info[i]["module"] for i in take}
+        stop = self.feature_info[last]["module"] if stop_early else None
+        x = self.stem(x)
+        intermediates = [x] if "stem" in wanted else []
+        for i, stage in enumerate(self.stages):
+            if stop == ("stem" if i == 0 else f"stages.{i - 1}"):
+                break
+            x = self.forward_stage(stage, x)
+            if f"stages.{i}" in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the features asked for do not need, and return their places."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        module = str(self.feature_info[last]["module"])
+        keep = 0 if module == "stem" else int(module.removeprefix("stages.")) + 1
+        self.stages = self.stages[:keep]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last linear layer."""
+        return self.head.fc  # type: ignore[return-value]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last linear layer by a new one for ``num_classes``; 0 removes it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)  # type: ignore[operator]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's grouping of parameters into layers: the stem, then stages (or their blocks)."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise convolutions as He et al. 2015 (fan out); transfers keep the start they were built with."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def default_cfg(input_size: tuple[int, int, int], num_classes: int, **more: Any) -> dict[str, Any]:
+    """Return timm's description of a network without weights: input, normalisation, first and last layer."""
+    return {
+        "url": "",
+        "num_classes": num_classes,
+        "input_size": input_size,
+        "pool_size": None,
+        "crop_pct": 0.875 if input_size[-1] > 64 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": "mit",
+        **more,
+    }
+
+
+def build(
+    make: Callable[..., nn.Module], name: str, pretrained: bool, defaults: dict[str, Any], given: Any
+) -> nn.Module:
+    """Build a registered network through timm; unknown arguments are errors that name the known ones.
+
+    Args:
+        make: Function that assembles the network.
+        name: Its registered name.
+        pretrained: Weights do not exist, so this is refused.
+        defaults: The network's own arguments.
+        given: What the caller gave, timm's own keywords among them.
+    """
+    if pretrained:
+        raise UserError(
+            f"no pretrained weights exist for {name!r}: train it (mgic train --model {name} ...), "
+            "load your own (checkpoint_path=), or take a pretrained network of timm"
+        )
+    timm_keys = {
+        *("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls"),
+        *("pretrained_strict", "kwargs_filter"),
+    }
+    known = [k for k in inspect.signature(make).parameters if k not in defaults or k in given]
+    if unknown := sorted(set(given) - timm_keys - set(inspect.signature(make).parameters)):
+        raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    feature_cfg = {"feature_cls": "getter", "out_indices": None}
+    return build_model_with_cfg(make, name, pretrained=False, feature_cfg=feature_cfg, **{**defaults, **given})
