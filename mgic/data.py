@@ -126,7 +126,7 @@ class Images:
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Slices of the images, in order."""
-        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+        yield from zip(torch.split(self.images, batch_size), torch.split(self.labels, batch_size), strict=True)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class ImageFiles:
 
     samples: tuple[tuple[Path, int], ...]
     size: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         """Number of images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -229,7 +230,7 @@ def _increasing(value: Any) -> bool:
     return (
         isinstance(value, tuple | list)
         and all(type(v) is int and v >= 1 for v in value)
-        and all(a < b for a, b in zip(value, value[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(value))
     )
 
 

@@ -1,0 +1,55 @@
+"""Training: recipes, the one loop, checkpoints that survive, and records of results.
+
+Importing this package imports nothing heavy; the names below load their module when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mgic.training.checkpoint import CorruptCheckpoint, DiskFull, SavedRun, load_run
+    from mgic.training.loop import Interrupted, NonFiniteLoss, RunSummary, evaluate, train
+    from mgic.training.recipes import RECIPES, Recipe
+    from mgic.training.records import make_record, read_record, write_record
+
+_HOME = {
+    "CorruptCheckpoint": "checkpoint",
+    "DiskFull": "checkpoint",
+    "SavedRun": "checkpoint",
+    "load_run": "checkpoint",
+    "Interrupted": "loop",
+    "NonFiniteLoss": "loop",
+    "RunSummary": "loop",
+    "evaluate": "loop",
+    "train": "loop",
+    "make_record": "records",
+    "read_record": "records",
+    "write_record": "records",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+}
+
+__all__ = [
+    "RECIPES",
+    "CorruptCheckpoint",
+    "DiskFull",
+    "Interrupted",
+    "NonFiniteLoss",
+    "Recipe",
+    "RunSummary",
+    "SavedRun",
+    "evaluate",
+    "load_run",
+    "make_record",
+    "read_record",
+    "train",
+    "write_record",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

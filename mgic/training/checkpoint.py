@@ -1,0 +1,461 @@
+"""Files that survive: atomic writes, checksummed checkpoints, and the folder of one run.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever reads the final name
+sees the old contents or the new ones, never a part. Other folders do not work: renaming across file systems copies.
+Every checkpoint has a sidecar with its SHA-256 (``sha256sum -c`` reads it), because neither PyTorch's nor safetensors'
+format notices a flipped byte. The sidecar is renamed first: a checkpoint that exists can always be verified.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from mgic.errors import UserError
+from mgic.training.recipes import EXECUTION_FIELDS, Recipe
+
+SCHEMA = 1
+TEMPORARY = ".tmp-"
+
+
+class CorruptCheckpoint(UserError):  # noqa: N818 - names the trouble
+    """A checkpoint whose bytes are not the ones that were written, or that is no checkpoint at all.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+        expected: What should have been there.
+    """
+
+    def __init__(self, path: Path, size: int, expected: str):
+        super().__init__(f"{path}: corrupt checkpoint of {size:,} bytes: expected {expected}")
+        self.path, self.size, self.expected = path, size, expected
+
+
+class DiskFull(OSError):  # noqa: N818 - names the trouble
+    """Not enough room for a checkpoint; the previous one is untouched."""
+
+    def __init__(self, folder: Path, needed: int, free: int):
+        super().__init__(errno.ENOSPC, f"disk full: {needed:,} bytes needed and {free:,} free in {folder}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call ``write`` with an open file; ``path`` holds all of what it wrote, or what was there before.
+
+    Raises:
+        DiskFull: The disk is full.
+        OSError: Any other trouble with the file. The temporary file is gone in every case.
+    """
+    with _staged(path) as temporary, temporary.open("wb") as file:
+        write(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically. NaN and infinity are no JSON: they raise ``ValueError``."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _staged(path: Path, sidecar: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path``, after its sidecar, when the block ends well."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors replaces the file by a private one
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if sidecar else ""
+        if sidecar:
+            write_text(_sidecar(path), f"{digest}  {path.name}\n")
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            needed = temporary.stat().st_size if temporary.exists() else 0
+            raise DiskFull(path.parent, needed, shutil.disk_usage(path.parent).free) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # a folder cannot be opened there; NTFS journals the rename itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` (tensors and plain values) and its sidecar.
+
+    Raises:
+        DiskFull: Less than 1.2 times the size of the tensors is free, or the disk filled up meanwhile.
+    """
+    needed = int(1.2 * sum(t.numel() * t.element_size() for t in _tensors(state))) + 65_536
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise DiskFull(path.parent, needed, free)
+    with _staged(path, sidecar=True) as temporary:
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # how torch reports a failed write
+            free = shutil.disk_usage(path.parent).free
+            if free < needed:
+                raise DiskFull(path.parent, needed, free) from error
+            raise
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU after checking its SHA-256. Nothing in the file is ever executed.
+
+    Raises:
+        CorruptCheckpoint: The sidecar is missing, the bytes differ from it, or the contents are not a checkpoint's.
+        UserError: The checkpoint was written by a newer version of this library.
+    """
+    with path.open("rb") as file:
+        _verify(path, file)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            # Right checksum and wrong contents: not ours, perhaps hostile. torch's advice to trust it is left out.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line.strip() for line in lines if "Unpickler" in line), lines[0])
+            raise CorruptCheckpoint(path, path.stat().st_size, f"weights and plain values ({reason})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
+        raise CorruptCheckpoint(path, path.stat().st_size, "a mapping with a schema version")
+    if state["schema"] != SCHEMA:
+        raise UserError(f"{path}: checkpoint of schema {state['schema']}; this version of mgic reads schema {SCHEMA}")
+    return state
+
+
+# What unpickling hostile bytes has been seen to raise (tests/test_checkpoint.py fuzzes it).
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+
+
+def _verify(path: Path, file: IO[bytes]) -> None:
+    """Compare the file with its sidecar and rewind it."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        words = _sidecar(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptCheckpoint(path, size, f"its checksum in {_sidecar(path).name}") from error
+    if len(words) != 2 or words[1] != path.name:
+        raise CorruptCheckpoint(path, size, f"a line 'SHA256  {path.name}' in {_sidecar(path).name}")
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if digest != words[0]:
+        raise CorruptCheckpoint(path, size, f"sha256 {words[0][:16]}..., got {digest[:16]}...")
+    file.seek(0)
+
+
+class RunFolder:
+    """The folder of one training run; while it is entered, no other process can train in it.
+
+    The lock belongs to the process, so a killed run leaves nothing locked. It is a POSIX record lock, which, unlike
+    ``flock``, is not inherited by forked data workers that outlive a killed parent by some seconds; on Windows it is
+    a locked byte. ``run.lock`` keeps the process id for the error message.
+
+    ::
+
+        recipe.yaml  data.json      what is trained, and on what
+        status.json                 running, finished, interrupted or failed
+        checkpoints/step-*.ckpt     with *.ckpt.sha256
+        metrics.csv  tensorboard/   one row an epoch
+        model.safetensors  summary.json   when finished
+
+    Args:
+        path: The folder; it is made when it does not exist.
+        recipe: The run that wants it.
+        data: Fingerprint of the data set (plain JSON values).
+
+    Raises:
+        UserError: On entering: the folder cannot be written, is in use, holds other files, a finished run or a run
+            of another recipe or data set.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, data: Mapping[str, Any]):
+        self.path, self.recipe, self.data = path, recipe, data
+        self.checkpoints = path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
+            self._acquire()
+        except OSError as error:
+            raise UserError(f"run folder {self.path}: cannot be written ({error.strerror or error})") from error
+        try:
+            self._claim()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _refuse_foreign(self) -> None:
+        entries = [p.name for p in self.path.iterdir()]
+        ours = {"run.lock", "data.json", "checkpoints"}  # all that a run killed before its first line can leave
+        foreign = sorted(n for n in entries if n not in ours and not n.startswith(TEMPORARY))
+        if foreign and "recipe.yaml" not in entries:
+            raise UserError(
+                f"run folder {self.path}: not empty and not a run (it holds {', '.join(foreign[:5])}); "
+                "choose a new folder"
+            )
+
+    def _acquire(self) -> None:
+        place = str(self.path.resolve())
+        if place in _ENTERED:  # a record lock does not stop its own process
+            raise UserError(f"run folder {self.path}: already in use by this process ({os.getpid()})")
+        lock = (self.path / "run.lock").open("a+", encoding="ascii")
+        try:
+            _lock_file(lock.fileno())
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise
+            raise UserError(f"run folder {self.path}: already in use by process {owner}") from error
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _ENTERED.add(place)
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            _ENTERED.discard(str(self.path.resolve()))
+            self._lock.close()
+            self._lock = None
+
+    def _claim(self) -> None:
+        recipe_file, data_file = self.path / "recipe.yaml", self.path / "data.json"
+        if recipe_file.exists():
+            _refuse_other(self.path, read_recipe(self.path), self.recipe)
+            there = json.loads(data_file.read_text(encoding="utf-8"))
+            if there != dict(self.data):
+                odd = next(k for k in {**there, **self.data} if there.get(k) != self.data.get(k))
+                raise UserError(
+                    f"run folder {self.path}: its run used other data ({odd}: {there.get(odd)!r} there, "
+                    f"{self.data.get(odd)!r} now); choose a new folder"
+                )
+            if self.status() == "finished":
+                raise UserError(f"run folder {self.path}: holds a finished run; choose a new folder")
+        self.checkpoints.mkdir(exist_ok=True)
+        self._sweep()
+        write_json(data_file, self.data)
+        write_text(recipe_file, self.recipe.to_yaml())  # last: it says that the folder is a run
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left: temporary files (safetensors' own are ``.tmp*`` too), lone sidecars."""
+        for folder in (self.path, self.checkpoints):
+            for stale in folder.glob(".tmp*"):
+                stale.unlink()
+        for sidecar in self.checkpoints.glob("*.sha256"):
+            if not sidecar.with_suffix("").exists():
+                sidecar.unlink()
+
+    def status(self) -> str:
+        """The state in ``status.json``; empty when there is none."""
+        file = self.path / "status.json"
+        return str(json.loads(file.read_text(encoding="utf-8"))["state"]) if file.exists() else ""
+
+    def write_status(self, state: str, **details: Any) -> None:
+        """Tell a supervisor where the run stands: running, finished, interrupted or failed."""
+        write_json(self.path / "status.json", {"schema": SCHEMA, "state": state, "pid": os.getpid(), **details})
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write the checkpoint of ``step`` and remove the ones that are no longer kept."""
+        save_checkpoint(self.checkpoints / f"step-{step:09d}.ckpt", {"schema": SCHEMA, "step": step, **state})
+        for old in list_checkpoints(self.checkpoints)[self.recipe.keep_checkpoints :]:
+            old.unlink()  # before its sidecar: a checkpoint that exists can always be verified
+            _sidecar(old).unlink(missing_ok=True)
+
+    def newest(self, strict: bool = False) -> dict[str, Any] | None:
+        """The newest valid checkpoint, or None when nothing was saved yet.
+
+        Args:
+            strict: Stop at the first corrupt checkpoint instead of warning and taking the one before.
+
+        Raises:
+            CorruptCheckpoint: With ``strict``, or when every checkpoint is corrupt.
+        """
+        return newest_checkpoint(self.checkpoints, strict)
+
+
+_ENTERED: set[str] = set()
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_file(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock_file(descriptor: int) -> None:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
+    old, new = there.to_dict(), asked.to_dict()
+    differences = [
+        f"{k} is {old[k]!r} there, {new[k]!r} asked" for k in new if k not in EXECUTION_FIELDS and old[k] != new[k]
+    ]
+    if differences:
+        raise UserError(
+            f"run folder {path}: holds another configuration ({'; '.join(differences)}); choose a new folder"
+        )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first; the names sort by step."""
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+
+
+def newest_checkpoint(folder: Path, strict: bool = False) -> dict[str, Any] | None:
+    """See :meth:`RunFolder.newest`; this one needs no lock."""
+    last: CorruptCheckpoint | None = None
+    for path in list_checkpoints(folder):
+        try:
+            return load_checkpoint(path)
+        except CorruptCheckpoint as error:
+            if strict:
+                raise
+            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            last = error
+    if last is not None:
+        raise last
+    return None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        UserError: The folder holds no run, or its recipe is not one of this version.
+    """
+    file = folder / "recipe.yaml"
+    try:
+        return Recipe.from_yaml(file.read_text(encoding="utf-8"), source=file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}: not a run folder: {file.name} cannot be read") from error
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model as safetensors with a sidecar; weights that are shared are stored once."""
+    with _staged(path, sidecar=True) as temporary:
+        try:
+            save_model(model, str(temporary))
+        except SafetensorError as error:
+            if "space" in str(error).lower():
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read what :func:`save_weights` wrote, shared weights under all their names.
+
+    Raises:
+        CorruptCheckpoint: The bytes are not the ones of the sidecar, or no safetensors.
+    """
+    with path.open("rb") as file:
+        _verify(path, file)
+    try:
+        with safe_open(path, framework="pt") as archive:
+            state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
+            aliases = archive.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CorruptCheckpoint(path, path.stat().st_size, f"safetensors ({error})") from error
+    # save_model's metadata maps each name it left out to the one it kept.
+    return state | {name: state[kept] for name, kept in aliases.items() if kept in state}
+
+
+class SavedRun(NamedTuple):
+    """What a run folder gives back."""
+
+    recipe: Recipe
+    state_dict: dict[str, Tensor]
+
+
+def load_run(folder: str | Path) -> SavedRun:
+    """The recipe and the weights of a run: the final ones, or those of the newest valid checkpoint.
+
+    The weights are the averaged ones where the recipe has ``ema_decay``, as in every evaluation of the run.
+
+    Raises:
+        UserError: The folder holds no run, or no weights yet.
+        CorruptCheckpoint: The weights are damaged.
+    """
+    folder = Path(folder)
+    recipe = read_recipe(folder)
+    final = folder / "model.safetensors"
+    if final.exists():
+        return SavedRun(recipe, load_weights(final))
+    state = newest_checkpoint(folder / "checkpoints")
+    if state is None:
+        raise UserError(f"{folder}: the run has saved no weights yet")
+    return SavedRun(recipe, state["average"] or state["model"])

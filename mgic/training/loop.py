@@ -1,0 +1,560 @@
+"""The training loop: one function, SGD, and a promise: a run that is killed and continued ends bit for bit the same.
+
+Nothing random depends on what happened before. The order of the samples is a function of (seed, epoch), the augmentation
+of (seed, step), every other random number of (seed, step), the learning rate of the step. The position in the epoch is
+the step modulo the steps of an epoch. So a checkpoint needs the weights, the optimiser and the step: no generator, no
+loader and no scheduler has a state. On GPUs, kernels that add in varying order limit the promise to what PyTorch
+documents for them.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mgic.data import Augmentation, ImageData, epoch_order, random_key
+from mgic.errors import UserError
+from mgic.training.checkpoint import RunFolder, save_weights, write_json, write_text
+from mgic.training.recipes import Recipe
+from mgic.training.records import versions
+
+MAX_NONFINITE_STEPS = 3
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """SIGTERM or SIGINT arrived; the run was saved and can be continued. ``exit_code`` is 143 or 130."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; the same command continues the run")
+        self.exit_code = 128 + signum
+
+
+class NonFiniteLoss(RuntimeError):  # noqa: N818 - names the trouble
+    """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run went. Accuracies are percentages; times are seconds of training without evaluation.
+
+    Args:
+        steps: Optimisation steps, the skipped ones included.
+        train_accuracy: Of the final weights on all training images, in eval mode, without augmentation.
+        test_accuracy: Of the final weights on the test images. No epoch is picked by its test accuracy.
+        skipped_steps: Steps left out because the loss or the gradient was not finite.
+        params: Trainable parameters.
+        history: One row an epoch: ``epoch, step, lr, train_loss, test_loss, test_accuracy, seconds``.
+        resumed_from: Step the last process continued from; 0 for a run in one piece.
+    """
+
+    model: str
+    data: str
+    seed: int
+    epochs: int
+    steps: int
+    train_accuracy: float
+    train_loss: float
+    test_accuracy: float
+    test_loss: float
+    seconds_per_epoch: float
+    skipped_steps: int
+    params: int
+    history: list[dict[str, float]]
+    resumed_from: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def train(
+    recipe: Recipe,
+    build_model: Callable[[], nn.Module],
+    data: ImageData,
+    out: str | Path,
+    *,
+    accelerator: str = "auto",
+    strict_resume: bool = False,
+    progress: bool | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> RunSummary:
+    """Train a network in the folder ``out``, or continue the unfinished run of the same recipe that is there.
+
+    Args:
+        recipe: What to do.
+        build_model: Makes the network; called once, with PyTorch's generator seeded by the recipe.
+        data: What to train on; see :func:`mgic.data.load_data`.
+        out: Folder of the run; see :class:`~mgic.training.checkpoint.RunFolder`.
+        accelerator: ``auto``, ``cpu`` or ``cuda``, as in Lightning Fabric.
+        strict_resume: Stop at a corrupt checkpoint instead of falling back to the one before it.
+        progress: Show a progress bar; default: on a terminal.
+        on_step: Called with the number of finished steps after each, when all that belongs to it is saved.
+
+    Raises:
+        UserError: The folder, the data and the network do not fit together.
+        Interrupted: SIGTERM or SIGINT; the checkpoint is written.
+        NonFiniteLoss: Three steps in a row had no finite loss or gradient.
+        CorruptCheckpoint: No valid checkpoint is left, or ``strict_resume`` found a corrupt one.
+        DiskFull: No room for the next checkpoint.
+    """
+    steps_per_epoch = len(data.train) // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training images")
+    with RunFolder(Path(out), recipe, data.fingerprint()) as folder, _Signals() as signals:
+        outcome = "failed"
+        folder.write_status("running")
+        try:
+            fabric = _fabric(recipe, accelerator)
+            with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
+                run = _Run(recipe, build_model, data, folder, fabric, steps_per_epoch, strict_resume)
+                with _bar(progress, run.total_steps) as show:
+                    summary = run.finish(signals, show, on_step)
+            outcome = "finished"
+        except (Interrupted, KeyboardInterrupt):
+            outcome = "interrupted"
+            raise
+        finally:
+            folder.write_status(outcome)
+    return summary
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    split: str = "test",
+    *,
+    batch_size: int = 512,
+    workers: int = 0,
+    on_batch: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Accuracy (percent) and mean cross-entropy (nats) of ``model``, in eval mode, on ``train`` or ``test``.
+
+    Args:
+        model: The network; it stays where it is, and in the mode it is in.
+        data: The data set.
+        split: ``train`` or ``test``; training images are not augmented.
+        batch_size: Images at a time.
+        workers: Processes that decode image folders.
+        on_batch: Called after each batch; may raise to stop.
+
+    Returns:
+        ``{"accuracy", "loss", "images"}``.
+
+    Raises:
+        UserError: ``split`` is neither of the two.
+    """
+    splits = {"train": data.train, "test": data.test}
+    if split not in splits:
+        raise UserError(f"split must be 'train' or 'test', got {split!r}")
+    device = next(chain(model.parameters(), model.buffers())).device
+    normalize, images_of = data.normalizer(device), splits[split].to(device)
+    was_training, correct, loss = model.training, 0, 0.0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for images, labels in images_of.evaluation_batches(batch_size, workers):
+                logits = model(normalize(images)).float()
+                correct += int((logits.argmax(1) == labels).sum())
+                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+                if on_batch:
+                    on_batch()
+    finally:
+        model.train(was_training)
+    count = len(images_of)
+    return {"accuracy": 100 * correct / count, "loss": loss / count, "images": count}
+
+
+def average_(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average: ``a <- decay * a + (1 - decay) * w``, in place.
+
+    Floating-point buffers (the statistics of normalisation layers) are averaged too, counters copied. Weights that are
+    shared are averaged once: going through ``state_dict`` would do it once per name.
+    """
+    old = list(chain(average.parameters(), average.buffers()))
+    new = list(chain(model.parameters(), model.buffers()))
+    pairs = [(a, w) for a, w in zip(old, new, strict=True) if a.is_floating_point()]
+    update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    update([a for a, _ in pairs], [w for _, w in pairs], 0)
+    with torch.no_grad():
+        for a, w in zip(old, new, strict=True):
+            if not a.is_floating_point():
+                a.copy_(w)
+
+
+def _fabric(recipe: Recipe, accelerator: str) -> Any:
+    """The one place that chooses device, precision and, one day, processes."""
+    from lightning.fabric import Fabric
+
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[recipe.precision]
+    if recipe.precision == "16" and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise UserError("precision '16' needs a GPU; on the CPU use 'bf16' or '32'")
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise UserError(f"accelerator {accelerator!r} is not available here; use 'cpu' or 'auto'")
+    return Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
+
+
+def _sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if recipe.decay_norms or parameter.ndim > 1 else plain).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+@dataclass
+class _Progress:
+    """The part of a checkpoint that is plain numbers."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # of this epoch
+    losses: int = 0
+    seconds: float = 0.0  # of this epoch, summed over the processes that trained it
+    skipped: int = 0
+    skipped_in_row: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class _Run:
+    """A network in training: all its state, and the loop over it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        build_model: Callable[[], nn.Module],
+        data: ImageData,
+        folder: RunFolder,
+        fabric: Any,
+        steps_per_epoch: int,
+        strict_resume: bool,
+    ):
+        self.recipe, self.folder, self.fabric = recipe, folder, fabric
+        self.data = replace(data, train=data.train.to(fabric.device), test=data.test.to(fabric.device))
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
+        torch.manual_seed(random_key("init", recipe.seed))
+        model = build_model().to(fabric.device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.normalize = data.normalizer(fabric.device)
+        _check_fit(model, data)
+        self.average = deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
+        if recipe.compile:
+            model.compile()
+        self.model = model
+        self.wrapped, self.optimizer = fabric.setup(model, _sgd(model, recipe))
+        self.at, self.saved_step = _Progress(), -1
+        checkpoint = folder.newest(strict_resume)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.resumed_from = self.at.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "progress": asdict(self.at),
+            "steps_per_epoch": self.steps_per_epoch,
+            "recipe": self.recipe.to_dict(),
+            "versions": versions(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.at = _Progress(**state["progress"])
+        self.saved_step = self.at.step
+        changed = [f"{k} {v} -> {versions().get(k)}" for k, v in state["versions"].items() if versions().get(k) != v]
+        if changed:
+            warnings.warn(
+                f"continuing a run of other versions ({', '.join(changed)}): it may differ from an uninterrupted one",
+                stacklevel=2,
+            )
+        assert state["step"] == self.at.step, "the checkpoint's name and contents disagree about the step"
+        assert state["steps_per_epoch"] == self.steps_per_epoch, "the length of an epoch changed"
+        # A run can stop after the last step of an epoch and before its evaluation, hence the two values.
+        epochs = self.at.step // self.steps_per_epoch
+        at_end = self.at.step % self.steps_per_epoch == 0 and epochs > 0
+        assert len(self.at.history) in ({epochs - 1, epochs} if at_end else {epochs}), "the history misses epochs"
+
+    def finish(
+        self,
+        signals: _Signals,
+        show: Callable[[int, str], None],
+        on_step: Callable[[int], None] | None,
+    ) -> RunSummary:
+        """Train from where the run stands to its end, write the weights, and say how it went."""
+        with _tensorboard(self.folder.path / "tensorboard", self.at.step) as board:
+            try:
+                while True:
+                    if self.at.step == (len(self.at.history) + 1) * self.steps_per_epoch:
+                        self._end_epoch(signals, board)
+                        if on_step:
+                            on_step(self.at.step)
+                    if self.at.step == self.total_steps:
+                        break
+                    self._train_epoch(signals, show, on_step)
+                summary = self._summary(signals)
+            except Interrupted:
+                self._save()
+                raise
+        save_weights(self.folder.path / "model.safetensors", self.average or self.model)
+        write_json(self.folder.path / "summary.json", summary.to_dict())
+        return summary
+
+    def _train_epoch(
+        self, signals: _Signals, show: Callable[[int, str], None], on_step: Callable[[int], None] | None
+    ) -> None:
+        """The steps of this epoch that are not done yet."""
+        recipe, at = self.recipe, self.at
+        epoch, first = divmod(at.step, self.steps_per_epoch)
+        order = epoch_order(len(self.data.train), recipe.seed, epoch)
+        used = order[first * recipe.batch_size : self.steps_per_epoch * recipe.batch_size]
+        augmentation = Augmentation(recipe.crop_padding, recipe.flip, recipe.seed)
+        batches = self.data.train.training_batches(
+            torch.split(used, recipe.batch_size), augmentation, epoch, at.step, recipe.workers
+        )
+        self.wrapped.train()
+        began = time.perf_counter()
+        for images, labels in batches:
+            self._step(images, labels)
+            at.seconds += time.perf_counter() - began
+            show(at.step, f"epoch {epoch + 1}/{recipe.epochs}  loss {at.loss_sum / max(at.losses, 1):.3f}")
+            if at.step % self.steps_per_epoch:  # the last step of an epoch is saved after its evaluation
+                if recipe.checkpoint_every and at.step % recipe.checkpoint_every == 0:
+                    self._save()
+                if on_step:
+                    on_step(at.step)
+            signals.check()
+            began = time.perf_counter()
+        assert at.step == (epoch + 1) * self.steps_per_epoch
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of SGD, with its averaging, so that no checkpoint can come between the two."""
+        recipe, at = self.recipe, self.at
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(at.step, self.steps_per_epoch)
+        torch.manual_seed(random_key("step", recipe.seed, at.step))
+        buffers = [b.clone() for b in self.model.buffers()]  # a forward pass with NaN spoils running statistics
+        x = self.normalize(images)
+        if recipe.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(self.wrapped(x).float(), labels, label_smoothing=recipe.label_smoothing)
+        value = loss.item()
+        finite = math.isfinite(value)
+        if finite:
+            self.fabric.backward(loss)
+            finite = self._clip() or recipe.precision == "16"  # overflow in half precision is the scaler's business
+        if finite:
+            self.optimizer.step()
+            if self.average:
+                average_(self.average, self.model, recipe.ema_decay)
+            at.loss_sum, at.losses, at.skipped_in_row = at.loss_sum + value, at.losses + 1, 0
+        else:
+            with torch.no_grad():
+                for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(kept)
+            at.skipped, at.skipped_in_row = at.skipped + 1, at.skipped_in_row + 1
+        self.optimizer.zero_grad()
+        at.step += 1
+        if at.skipped_in_row == MAX_NONFINITE_STEPS:
+            epoch, batch = divmod(at.step - 1, self.steps_per_epoch)
+            raise NonFiniteLoss(
+                f"the loss or its gradient was not finite in {MAX_NONFINITE_STEPS} steps in a row, last in step "
+                f"{at.step - 1} (epoch {epoch}, batch {batch}); a lower lr than {recipe.lr:g}, clip_grad or "
+                "precision '32' may help"
+            )
+
+    def _clip(self) -> bool:
+        """Clip the gradient if the recipe says so; tell whether it is finite."""
+        if self.recipe.clip_grad:
+            norm = self.fabric.clip_gradients(
+                self.wrapped, self.optimizer, max_norm=self.recipe.clip_grad, error_if_nonfinite=False
+            )
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return bool(norm.isfinite())
+
+    def _evaluate(self, split: str, signals: _Signals) -> dict[str, float]:
+        with self.fabric.autocast():
+            return evaluate(
+                self.average or self.model,
+                self.data,
+                split,
+                batch_size=self.recipe.eval_batch_size,
+                workers=self.recipe.workers,
+                on_batch=signals.check,
+            )
+
+    def _end_epoch(self, signals: _Signals, board: Any) -> None:
+        at = self.at
+        test = self._evaluate("test", signals)
+        row = {
+            "epoch": len(at.history) + 1,
+            "step": at.step,
+            "lr": self.recipe.learning_rate(at.step - 1, self.steps_per_epoch),
+            "train_loss": at.loss_sum / max(at.losses, 1),
+            "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"],
+            "seconds": at.seconds,
+        }
+        at.history.append(row)
+        at.loss_sum, at.losses, at.seconds = 0.0, 0, 0.0
+        self._save()
+        _write_csv(self.folder.path / "metrics.csv", at.history)
+        if board is not None:
+            for name in ("lr", "train_loss", "test_loss", "test_accuracy"):
+                board.add_scalar(name, row[name], at.step)
+        logger.info("epoch %(epoch)d: train loss %(train_loss).4f, test accuracy %(test_accuracy).2f %%", row)
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless this step has one already. Weights that are not finite are never saved."""
+        if self.at.step == self.saved_step:
+            return
+        bad = [n for n, t in self.model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+        if bad:
+            raise NonFiniteLoss(
+                f"after step {self.at.step - 1} the weights are not finite ({', '.join(bad[:3])}); nothing was saved"
+            )
+        self.folder.save(self.at.step, self._state())
+        self.saved_step = self.at.step
+
+    def _summary(self, signals: _Signals) -> RunSummary:
+        at, recipe = self.at, self.recipe
+        assert at.step == self.total_steps
+        assert len(at.history) == recipe.epochs
+        train = self._evaluate("train", signals)
+        return RunSummary(
+            model=recipe.model,
+            data=self.data.name,
+            seed=recipe.seed,
+            epochs=recipe.epochs,
+            steps=at.step,
+            train_accuracy=train["accuracy"],
+            train_loss=train["loss"],
+            test_accuracy=at.history[-1]["test_accuracy"],
+            test_loss=at.history[-1]["test_loss"],
+            seconds_per_epoch=sum(row["seconds"] for row in at.history) / recipe.epochs,
+            skipped_steps=at.skipped,
+            params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            history=at.history,
+            resumed_from=self.resumed_from,
+        )
+
+
+def _check_fit(model: nn.Module, data: ImageData) -> None:
+    """Run two black images through the network, in eval mode: it changes nothing and finds what does not fit."""
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *data.input_size, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the network cannot read images of {data.name}, {data.input_size} (C, H, W): {reason}"
+        ) from error
+    if logits.shape != (2, data.num_classes):
+        raise UserError(
+            f"{data.name} has {data.num_classes} classes, but the network's output for two images has shape "
+            f"{tuple(logits.shape)}; build it with num_classes={data.num_classes}"
+        )
+
+
+class _Signals:
+    """Remembers SIGTERM or SIGINT until the step is over; a second one acts as if we were not here."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+
+def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """All rows again: a resumed run then leaves exactly the file of an uninterrupted one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _tensorboard(folder: Path, step: int) -> AbstractContextManager[Any]:
+    """An event writer that hides the rows after ``step``, which a killed process may have left."""
+    if importlib.util.find_spec("tensorboard") is None:
+        warnings.warn("TensorBoard is not installed, so no event files: pip install 'mgic[train]'", stacklevel=2)
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+@contextmanager
+def _bar(wanted: bool | None, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; where there is no terminal, a function that does nothing."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda step, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda step, text: bar.update(task, completed=step, description=text)

@@ -1,0 +1,200 @@
+"""Records of results: one JSON file states what was measured, how often, where and by which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from mgic.errors import UserError
+
+if TYPE_CHECKING:
+    from mgic.training.loop import RunSummary
+
+SCHEMA = 1
+_PACKAGES = ("mgic", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
+_FIELDS: dict[str, type] = {
+    "schema": int,
+    "command": str,
+    "commit": dict,
+    "date": str,
+    "machine": dict,
+    "versions": dict,
+    "data": str,
+    "seeds": list,
+    "n": int,
+    "metrics": dict,
+    "notes": list,
+}
+
+
+def make_record(
+    command: str,
+    data: str,
+    seeds: Sequence[int],
+    metrics: Mapping[str, Sequence[float]],
+    notes: Iterable[str] = (),
+    **extra: Any,
+) -> dict[str, Any]:
+    """A record of ``n = len(seeds)`` runs on this machine, now.
+
+    Args:
+        command: What anybody types to repeat it; without paths of this machine.
+        data: Provenance of the data, :attr:`mgic.data.ImageData.note`.
+        seeds: One a run.
+        metrics: Name to values, one a run; each gets its mean and its sample standard deviation (0 for one run).
+            The unit belongs into the name where it is not obvious: ``seconds_per_epoch``; accuracies are percent.
+        notes: Sentences a reader needs to judge the numbers.
+        extra: Further plain JSON values, e.g. ``recipe``.
+
+    Raises:
+        UserError: There is no run, or a metric has not one value a run.
+    """
+    if not seeds:
+        raise UserError("record: no run to record (seeds is empty)")
+    for name, values in metrics.items():
+        if len(values) != len(seeds):
+            raise UserError(f"record: {name} has {len(values)} values for {len(seeds)} seeds")
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "data": data,
+        "seeds": list(seeds),
+        "n": len(seeds),
+        "metrics": {
+            name: {
+                "mean": fmean(values),
+                "std": stdev(values) if len(values) > 1 else 0.0,
+                "values": list(values),
+            }
+            for name, values in metrics.items()
+        },
+        "notes": list(notes),
+        **extra,
+    }
+
+
+def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
+    """What a record of training runs states: both accuracies and losses, epochs, seconds an epoch, skipped steps."""
+    names = (
+        "train_accuracy",
+        "test_accuracy",
+        "train_loss",
+        "test_loss",
+        "epochs",
+        "seconds_per_epoch",
+        "params",
+        "skipped_steps",
+    )
+    return {name: [getattr(run, name) for run in runs] for name in names}
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, atomically; missing folders are made.
+
+    Raises:
+        UserError: The record lacks a field, or a field has the wrong type.
+    """
+    from mgic.training.checkpoint import write_json
+
+    _check(record, str(path))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(path), record)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        UserError: The file is no JSON, no record, or of another schema version.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable record ({error})") from error
+    _check(record, str(path))
+    return dict(record)
+
+
+def _check(record: Any, where: str) -> None:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: a record is a JSON object, got {type(record).__name__}")
+    if record.get("schema") != SCHEMA:
+        raise UserError(f"{where}: record of schema {record.get('schema')!r}; this version of mgic reads {SCHEMA}")
+    for name, kind in _FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            raise UserError(f"{where}: {name} must be a {kind.__name__}, got {record.get(name)!r}")
+    if record["n"] != len(record["seeds"]):
+        raise UserError(f"{where}: n is {record['n']} but there are {len(record['seeds'])} seeds")
+    for name, metric in record["metrics"].items():
+        if not isinstance(metric, Mapping) or set(metric) != {"mean", "std", "values"}:
+            raise UserError(f"{where}: metric {name} must have mean, std and values, got {metric!r}")
+        if len(metric["values"]) != record["n"]:
+            raise UserError(f"{where}: metric {name} has {len(metric['values'])} values for n = {record['n']}")
+
+
+def commit() -> dict[str, Any]:
+    """The commit this package was run from: ``{"id", "dirty"}``; both are None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return {"id": head, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"id": None, "dirty": None}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, cores, threads, memory in GiB, GPU. No name of the machine, no path."""
+    import torch
+
+    return {
+        "system": platform.system(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
