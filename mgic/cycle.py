@@ -317,8 +317,8 @@ class MGICLinear(nn.Module):
         return y if self.bias is None else y + self.bias  # type: ignore[no-any-return]
 
 
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """Run ``module`` keeping only its input for the backward pass, without counting its batch statistics twice.
+def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run ``module`` keeping only its inputs for the backward pass, without counting its batch statistics twice.
 
     The second forward pass would move the running statistics of batch norms once more; here it leaves them alone, so
     training with and without checkpointing is the same.
@@ -327,7 +327,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_kept(module)
 
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 @contextmanager

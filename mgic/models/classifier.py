@@ -1,6 +1,7 @@
 """The frame of every image classifier here, with timm's whole contract; networks differ only in the parts they pass in."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class Classifier(nn.Module):
 
     Args:
         stem: First layers.
-        stages: One sequence of blocks per resolution.
+        stages: One sequence of blocks per resolution (or what a subclass runs there).
         head: Pooling and classifier, with timm's ``reset(num_classes, pool_type)``, ``fc``, ``num_features``.
         channels: Width after the stem and after each stage.
         reductions: Stride after the stem and after each stage.
@@ -30,7 +31,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         stem: nn.Module,
-        stages: Sequence[nn.Sequential],
+        stages: Sequence[nn.Module],
         head: nn.Module,
         channels: Sequence[int],
         reductions: Sequence[int],
@@ -140,9 +141,10 @@ class Classifier(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise convolutions as He et al. 2015 (fan out); transfers keep the start they were built with."""
+    """Initialise convolutions as He et al. 2015 (fan out, of one group); transfers keep the start they were built with."""
     if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        fan_out = module.weight[:, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
