@@ -37,6 +37,8 @@ _HOMES = {
     "create_model": "models",
     "list_models": "models",
     "Cost": "counting",
+    "Memory": "counting",
+    "memory": "counting",
     "cost": "counting",
     "UserError": "errors",
     "ChannelConfigError": "errors",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from .blocks import PreActBasicBlock as PreActBasicBlock
     from .blocks import PreActBottleneck as PreActBottleneck
     from .counting import Cost as Cost
+    from .counting import Memory as Memory
+    from .counting import memory as memory
     from .counting import cost as cost
     from .cycle import AdditiveChannelChange as AdditiveChannelChange
     from .cycle import ChannelChange as ChannelChange
