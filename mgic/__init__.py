@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from .blocks import PreActBottleneck as PreActBottleneck
     from .counting import Cost as Cost
     from .counting import Memory as Memory
-    from .counting import memory as memory
     from .counting import cost as cost
+    from .counting import memory as memory
     from .cycle import AdditiveChannelChange as AdditiveChannelChange
     from .cycle import ChannelChange as ChannelChange
     from .cycle import MGICBlock as MGICBlock

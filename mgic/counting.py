@@ -85,13 +85,14 @@ class Memory:
     training: int
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of every storage that operations make, until it is freed."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        owned = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
+        self._known = weakref.WeakSet(owned)
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -135,7 +136,7 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
     def run(train: bool) -> tuple[int, int]:
         meta.train(train)
         x = torch.empty(batch, *input_size, device="meta")
-        with torch.set_grad_enabled(train), _LiveBytes() as tracker:
+        with torch.set_grad_enabled(train), _LiveBytes(meta) as tracker:
             tracker.add(x)
             y = meta(x)
             saved = tracker.live

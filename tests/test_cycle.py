@@ -21,8 +21,8 @@ from mgic import (
     PreActBottleneck,
     Scheme,
     additive,
-    plan_levels,
     plain_prolongation,
+    plan_levels,
     scaled_correction,
     sparse_random_pair,
 )

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def test_every_plan_can_be_built(channels, hidden, group_size, coarsest, minimum
     """Groups divide what they group, transfers halve, and only the last level is dense where that can be."""
     levels = plan_levels(channels, group_size, coarsest, hidden, minimum=minimum, transfer_group_size=transfer)
     assert (levels[0].channels, levels[0].hidden) == (channels, hidden or channels)
-    for fine, coarse in zip(levels, levels[1:], strict=False):
+    for fine, coarse in itertools.pairwise(levels):
         assert (coarse.channels, coarse.hidden) == (fine.channels / 2, fine.hidden / 2)
         assert fine.channels % fine.transfer_groups == coarse.channels % fine.transfer_groups == 0
         assert fine.channels % fine.groups == fine.hidden % fine.groups == 0
@@ -99,7 +100,7 @@ def test_bad_widths_are_refused_by_name(arguments, words):
 
 
 def test_bad_options_are_refused_by_name():
-    with pytest.raises(ChannelConfigError, match="transfer_group_size must be even .* got 3"):
+    with pytest.raises(ChannelConfigError, match=r"transfer_group_size must be even .* got 3"):
         plan_levels(64, 8, 16, transfer_group_size=3)
     with pytest.raises(ChannelConfigError, match="minimum=-1"):
         plan_levels(64, 8, 16, minimum=-1)
