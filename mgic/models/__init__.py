@@ -17,8 +17,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """Return the names of this library's networks that match a shell pattern, sorted.
 
     Example:
-        >>> list_models("mgic_resnet?0")
-        ['mgic_resnet20']
+        >>> list_models("mgic_resnet?6")
+        ['mgic_resnet56']
     """
     names = {name for module in _MODULES for name in module.default_cfgs}
     return sorted(fnmatch.filter(names, pattern))
