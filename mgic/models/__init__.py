@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from ..errors import UserError
-from . import resnet
+from . import mgnet, resnet
 
-_MODULES = (resnet,)
+_MODULES = (mgnet, resnet)
 
 
 def list_models(pattern: str = "*") -> list[str]:
