@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from ..errors import UserError
-from . import mgnet, resnet
+from . import mgnet, mobilenetv3, resnet
 
-_MODULES = (mgnet, resnet)
+_MODULES = (mgnet, mobilenetv3, resnet)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -40,7 +40,8 @@ class Classifier(nn.Module):
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.head = head
-        self.num_classes: int = getattr(head.fc, "out_features", 0)
+        # a head that does not pool has a 1x1 convolution here, one without classes the identity
+        self.num_classes: int = getattr(head.fc, "out_features", getattr(head.fc, "out_channels", 0))
         self.num_features = channels[-1]
         self.head_hidden_size: int = head.num_features  # type: ignore[assignment]
         self.grad_checkpointing = False
@@ -119,7 +120,8 @@ class Classifier(nn.Module):
         keep = 0 if module == "stem" else int(module.removeprefix("stages.")) + 1
         self.stages = self.stages[:keep]
         if prune_head:
-            self.reset_classifier(0, "")
+            self.num_classes = 0
+            self.head.reset(0, pool_type="", reset_other=True)  # type: ignore[operator]
         return take
 
     def get_classifier(self) -> nn.Module:
@@ -175,11 +177,13 @@ def build(
     Args:
         make: Function that assembles the network.
         name: Its registered name.
-        pretrained: Weights do not exist, so this is refused.
+        pretrained: Load the weights that the caller's ``pretrained_cfg`` (or overlay) points to, as timm's ``local-dir:`` and
+            ``hf-hub:`` do. The networks come with none of their own, so without such a place this is refused.
         defaults: The network's own arguments.
         given: What the caller gave, timm's own keywords among them.
     """
-    if pretrained:
+    cfg = resolve_pretrained_cfg(name, given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay"))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise UserError(
             f"no pretrained weights exist for {name!r}: train it (mgic train --model {name} ...), "
             "load your own (checkpoint_path=), or take a pretrained network of timm"
@@ -192,4 +196,4 @@ def build(
     if unknown := sorted(set(given) - timm_keys - set(inspect.signature(make).parameters)):
         raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     feature_cfg = {"feature_cls": "getter", "out_indices": None}
-    return build_model_with_cfg(make, name, pretrained=False, feature_cfg=feature_cfg, **{**defaults, **given})
+    return build_model_with_cfg(make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
