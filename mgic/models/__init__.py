@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from ..errors import UserError
-from . import mgnet, mobilenetv3, resnet
+from . import mg2020, mgnet, mobilenetv3, resnet
 
-_MODULES = (mgnet, mobilenetv3, resnet)
+_MODULES = (mg2020, mgnet, mobilenetv3, resnet)
 
 
 def list_models(pattern: str = "*") -> list[str]:
