@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,17 +164,29 @@ class ImageFiles:
                 f"crop_padding={augmentation.crop_padding} is for data sets in memory: image folders are trained "
                 "on random resized crops; set crop_padding to 0"
             )
-        decoded = _Decoded(self.samples, self.size, augmentation, epoch)
+        from torchvision.transforms import v2
+
+        flip = v2.RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
+        transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(self.size, antialias=True), flip])
+        decoded = _Decoded(self.samples, transform, augmentation.seed, epoch)
         return self._load(decoded, [b.tolist() for b in batches], workers)
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The shorter side resized to 8/7 of ``size`` (256 for 224), then the centre."""
+        from torchvision.transforms import v2
+
+        transform = v2.Compose([v2.PILToTensor(), v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])
         batches = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
-        return self._load(_Decoded(self.samples, self.size), batches, workers)
+        return self._load(_Decoded(self.samples, transform), batches, workers)
 
     def _load(self, decoded: _Decoded, batches: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(decoded, batch_sampler=batches, num_workers=workers, collate_fn=list)
-        iterator = iter(loader)
+        # Forked workers notice within seconds when their parent was killed; those of a fork server never do.
+        context = "fork" if workers and sys.platform == "linux" else None
+        iterator = iter(
+            DataLoader(
+                decoded, batch_sampler=batches, num_workers=workers, collate_fn=list, multiprocessing_context=context
+            )
+        )
         for indices in batches:
             try:
                 samples = next(iterator)
@@ -195,13 +208,12 @@ class _Decoded(Dataset[tuple[Tensor | str, int]]):
     """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip."""
 
     samples: tuple[tuple[Path, int], ...]
-    size: int
-    augmentation: Augmentation | None = None  # None: evaluation
+    transform: Callable[[Any], Tensor]
+    seed: int = 0
     epoch: int = 0
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         from PIL import Image
-        from torchvision.transforms import v2
 
         path, label = self.samples[index]
         try:
@@ -209,14 +221,8 @@ class _Decoded(Dataset[tuple[Tensor | str, int]]):
                 picture = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{path}: cannot be decoded as an image ({error}); remove or replace it", label
-        steps: list[Any]
-        if self.augmentation is None:
-            steps = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
-        else:
-            torch.manual_seed(random_key("sample", self.augmentation.seed, self.epoch, index))
-            flip = v2.RandomHorizontalFlip(0.5 if self.augmentation.flip else 0.0)
-            steps = [v2.RandomResizedCrop(self.size, antialias=True), flip]
-        return v2.Compose([v2.PILToTensor(), *steps])(picture), label
+        torch.manual_seed(random_key("sample", self.seed, self.epoch, index))
+        return self.transform(picture), label
 
 
 @dataclass(frozen=True)

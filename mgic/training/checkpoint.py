@@ -93,6 +93,7 @@ def _staged(path: Path, sidecar: bool = False) -> Iterator[Path]:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest() if sidecar else ""
         if sidecar:
+            path.unlink(missing_ok=True)  # a file that exists must match its sidecar at every moment
             write_text(_sidecar(path), f"{digest}  {path.name}\n")
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -159,12 +160,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         _verify(path, file)
+        if file.read(4) != b"PK\x03\x04":  # torch.load also reads two older formats, which we never write
+            raise CorruptCheckpoint(path, path.stat().st_size, "a zip file, as torch.save writes it")
+        file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
             # Right checksum and wrong contents: not ours, perhaps hostile. torch's advice to trust it is left out.
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = next((line.strip() for line in lines if "Unpickler" in line), lines[0])
+            reason = next((line.strip() for line in lines if "Unpickler" in line), lines[0]).partition(". Please")[0]
             raise CorruptCheckpoint(path, path.stat().st_size, f"weights and plain values ({reason})") from error
     if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
         raise CorruptCheckpoint(path, path.stat().st_size, "a mapping with a schema version")
@@ -378,17 +382,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path, strict: bool = False) -> dict[str, Any] | None:
     """See :meth:`RunFolder.newest`; this one needs no lock."""
-    last: CorruptCheckpoint | None = None
+    corrupt: list[CorruptCheckpoint] = []
     for path in list_checkpoints(folder):
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except CorruptCheckpoint as error:
             if strict:
                 raise
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
-            last = error
-    if last is not None:
-        raise last
+            corrupt.append(error)
+        else:
+            for damage in corrupt:
+                warnings.warn(f"{damage}; continuing from {path.name}", stacklevel=2)
+            return state
+    if corrupt:
+        raise corrupt[0]
     return None
 
 
@@ -459,3 +466,35 @@ def load_run(folder: str | Path) -> SavedRun:
     if state is None:
         raise UserError(f"{folder}: the run has saved no weights yet")
     return SavedRun(recipe, state["average"] or state["model"])
+
+
+def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of the finished run of ``recipe`` in ``folder``; None where there is none, or not yet.
+
+    Raises:
+        UserError: The folder holds a finished run of another recipe.
+    """
+    summary, status = folder / "summary.json", folder / "status.json"
+    if not (summary.exists() and status.exists()):
+        return None
+    if json.loads(status.read_text(encoding="utf-8"))["state"] != "finished":
+        return None
+    _refuse_other(folder, read_recipe(folder), recipe)
+    return dict(json.loads(summary.read_text(encoding="utf-8")))
+
+
+def check_writable(path: Path) -> None:
+    """Find out before any work whether a file can be written: its folder is made, and a probe written in it.
+
+    Raises:
+        UserError: It cannot; the message says why.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, but a file is to be written there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f"{TEMPORARY}probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

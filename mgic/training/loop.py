@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mgic.data import Augmentation, ImageData, epoch_order, random_key
-from mgic.errors import UserError
+from mgic.errors import Stopped, UserError
 from mgic.training.checkpoint import RunFolder, save_weights, write_json, write_text
 from mgic.training.recipes import Recipe
 from mgic.training.records import versions
@@ -43,7 +43,7 @@ MAX_NONFINITE_STEPS = 3
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(Stopped):
     """SIGTERM or SIGINT arrived; the run was saved and can be continued. ``exit_code`` is 143 or 130."""
 
     def __init__(self, signum: int):
@@ -51,7 +51,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         self.exit_code = 128 + signum
 
 
-class NonFiniteLoss(RuntimeError):  # noqa: N818 - names the trouble
+class NonFiniteLoss(Stopped):
     """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite."""
 
 

@@ -185,6 +185,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def instruction_sets() -> list[str]:
+    """Vector instructions of this processor that matter for convolutions; empty where they cannot be told."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
+    return [name for name in wanted if name in flags]
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
