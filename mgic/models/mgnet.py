@@ -52,6 +52,11 @@ class MgNet(Classifier):
         reductions = [2**i for i in range(len(channels))]
         super().__init__(stem, levels, head, [channels[0], *channels], [1, *reductions])
         self.widths = tuple(channels)
+        # The operators of a level run once more after it, for its residual: who takes features by the name of a module needs
+        # one that runs no more once ``u`` is there.
+        self.features = nn.ModuleList(nn.Identity() for _ in channels)
+        for i, info in enumerate(self.feature_info):
+            info["module"] = f"features.{i}"
         self.coarsen = nn.ModuleList(coarsen(fine, coarse) for fine, coarse in pairwise(channels))
         self.coarsen.apply(init_weights)
 
@@ -69,7 +74,7 @@ class MgNet(Classifier):
         if i > 0:
             f, u = self.coarsen[i - 1](f, u, self.stages[i - 1].last_A, smooth.first_A)
         u = checkpointed(smooth, f, u) if self.grad_checkpointing and self.training else smooth(f, u)
-        return f, u
+        return f, self.features[i](u)
 
     def forward_intermediates(
         self,
@@ -97,8 +102,12 @@ class MgNet(Classifier):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the levels that the features asked for do not need, and return their places."""
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.coarsen = self.coarsen[: len(self.stages) - 1]
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.stages = self.stages[: last + 1]
+        self.features = self.features[: last + 1]
+        self.coarsen = self.coarsen[:last]
+        if prune_head:
+            self.reset_classifier(0, "")
         return take
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -232,8 +241,9 @@ def paper_weights(model: MgNet, table: int) -> int:
     """
     first = model.stages[0]
     if isinstance(first, Smoothing):
-        shared_norms = table == 3 or any(m.groups > 1 for m in first.modules() if isinstance(m, nn.Conv2d))
-        idle = dict.fromkeys((1, 2, 3, 4, 5, 6, 7, 9), (1, 1 - len(first.steps) if shared_norms else 0))
+        grouped = any(m.groups > 1 for m in model.stages.modules() if isinstance(m, nn.Conv2d))
+        norms = 1 - len(first.steps) if table == 3 or grouped else 0
+        idle = dict.fromkeys((1, 2, 3, 4, 5, 6, 7, 9), (1, norms))
     else:
         idle = _MGIAD_IDLE
     if table not in idle:
