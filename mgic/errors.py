@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class ChannelConfigError(UserError):
     """Widths, groups or grids that cannot be built."""
+
+
+class Stopped(Exception):  # noqa: N818  (nobody did anything wrong)
+    """Work that ended early for a reason its user must know; ``exit_code`` is the command's exit status."""
+
+    exit_code = 1

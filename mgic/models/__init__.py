@@ -24,6 +24,20 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(names, pattern))
 
 
+def describe_model(name: str) -> str:
+    """Return the first line of a network's docstring."""
+    return (timm.models.model_entrypoint(name).__doc__ or "").strip().split("\n")[0]
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that neither this library nor timm knows, naming the nearest ones."""
+    if not timm.is_model(name):
+        known = sorted({*list_models(), *timm.list_models()})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "mgic models lists all"
+        raise UserError(f"there is no model {name!r}; {hint}")
+
+
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Build a network by name: one of :func:`list_models`, or any of timm's.
 
@@ -38,9 +52,5 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         >>> create_model("mgic_resnet20", group_size=4).num_classes
         10
     """
-    if not timm.is_model(name):
-        known = sorted({*list_models(), *timm.list_models()})
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "mgic models lists all"
-        raise UserError(f"there is no model {name!r}; {hint}")
+    check_model(name)
     return timm.create_model(name, **overrides)

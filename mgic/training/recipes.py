@@ -314,8 +314,9 @@ FASHION_MNIST = Recipe(
     schedule="onecycle",
     crop_padding=2,
     flip=True,
+    channels_last=True,
 )
-"""FashionMNIST at 28x28 with its official test set."""
+"""FashionMNIST at 28x28 with its official test set; channels last, because small batches train faster so on CPUs."""
 
 CIFAR10_MGIC = Recipe(
     data="cifar10",

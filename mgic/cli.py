@@ -1,0 +1,510 @@
+"""The command line: ``mgic VERB ...``, also ``python -m mgic``. Only the verb that runs imports what it needs.
+
+A wrong call prints one line and exits with 2. Flags of configurations are derived from the fields of their dataclasses.
+"""
+
+import json
+import sys
+import warnings
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from . import __version__
+from .errors import Stopped, UserError
+from .training.recipes import RECIPES, Recipe, suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from .data import ImageData
+    from .training import RunSummary
+
+DESCRIPTION = """Multigrid in channels: networks whose cost grows linearly with their width.
+
+Start with
+  mgic demo                                  train a dense ResNet and its multigrid twin, side by side
+  mgic cost mgic_resnet56                    what a network costs, level by level
+  mgic train --recipe digits --out runs/a    train; the same command continues a run that was stopped"""
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # into a file or a pipe: tables keep their lines whole
+    return console
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))  # noqa: T201
+
+
+def _check_output(*paths: Path | None) -> None:
+    """Refuse, before any work, output files that cannot be written."""
+    from .training.checkpoint import check_writable
+
+    for path in paths:
+        if path is not None:
+            check_writable(path)
+
+
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keep the lines of descriptions as they are written."""
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def _add_models(parser: ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", type=str, help="shell pattern, such as 'mgic_*'")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run_models(args: Namespace) -> int:
+    from .models import describe_model, list_models
+
+    names = list_models(args.pattern)
+    if not names:
+        raise UserError(f"no model matches {args.pattern!r}; mgic models lists all")
+    if args.json:
+        _print_json([{"model": name, "description": describe_model(name)} for name in names])
+        return 0
+    from rich.table import Table
+
+    table = Table("model", "description", box=None, pad_edge=False)
+    for name in names:
+        table.add_row(name, describe_model(name))
+    _console().print(table)
+    return 0
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def _add_cost(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="a name of 'mgic models', or any of timm's")
+    parser.add_argument("--model_args", type=dict, default={}, help="arguments of the network: '{group_size: 4}'")
+    parser.add_argument(
+        "--input_size", type=list[int], default=None, help="'[3, 224, 224]'; the network's own by default"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _build(name: str, arguments: dict[str, Any]) -> "nn.Module":
+    """Build a network; a wrong value of an argument is the user's error."""
+    from .models import create_model
+
+    try:
+        return create_model(name, **arguments)
+    except TypeError as error:
+        raise UserError(f"{name} cannot be built with {arguments}: {error}") from error
+
+
+def _run_cost(args: Namespace) -> int:
+    import torch
+
+    from .counting import cost, memory
+    from .cycle import MGICBlock
+
+    with torch.device("meta"):
+        model = _build(args.model, args.model_args)
+    config: Any = getattr(model, "pretrained_cfg", {})
+    size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
+    counted, held = cost(model, size), memory(model, size)
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MGICBlock)}
+    if args.json:
+        _print_json(
+            {
+                "model": args.model,
+                "model_args": args.model_args,
+                "input_size": size,
+                "params": counted.params,
+                "macs": counted.macs,
+                "inference_bytes": held.inference,
+                "training_bytes": held.saved,
+                "blocks": {name: [vars(level) for level in block.levels] for name, block in blocks.items()},
+            }
+        )
+        return 0
+    out = _console()
+    out.print(f"{args.model}: {counted}")
+    out.print(
+        f"features of one input: {held.inference / 2**20:.2f} MiB at inference, {held.saved / 2**20:.2f} MiB in training"
+    )
+    plans: dict[str, list[str]] = {}
+    for name, block in blocks.items():
+        plans.setdefault(block.extra_repr(), []).append(name)
+    for plan, names in plans.items():
+        out.print(f"  {len(names):3d} x {plan}  ({names[0]}{', ...' if len(names) > 1 else ''})")
+    return 0
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the torchvision data sets")
+    parser.add_argument("--download", action="store_true", help="fetch a missing data set")
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=str, default=None, help=f"start from a recipe: {', '.join(RECIPES)}")
+    parser.add_argument("--config", type=Path, default=None, help="YAML file with fields of the recipe")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; with --seeds one folder a seed in it"
+    )
+    parser.add_argument("--seeds", type=list[int], default=None, help="several runs: '[0, 1, 2]'")
+    _add_data(parser)
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
+    parser.add_argument("--strict-resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
+    parser.add_argument("--json-summary", type=Path, default=None, help="write the result of the run(s) as JSON")
+    parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe as YAML and stop")
+    parser.add_class_arguments(Recipe)
+
+
+def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
+    """Combine, each over the one before: the recipe named, the YAML file, the flags."""
+    if args.recipe is not None and args.recipe not in RECIPES:
+        raise UserError(f"unknown recipe {args.recipe!r}{suggest(args.recipe, RECIPES)}")
+    values = RECIPES[args.recipe].to_dict() if args.recipe else Recipe().to_dict()
+    if args.config is not None:
+        try:
+            text = args.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {args.config}: cannot be read ({error})") from error
+        import yaml
+
+        checked = Recipe.from_yaml(text, source=args.config)
+        values |= {key: checked.to_dict()[key] for key in yaml.safe_load(text)}
+    flags = {word.removeprefix("--").partition("=")[0].partition(".")[0] for word in given if word.startswith("--")}
+    values |= {key: args[key] for key in values if key in flags}
+    return Recipe.from_dict(values)
+
+
+def _run_train(args: Namespace, given: Sequence[str]) -> int:
+    recipe = _recipe_from(args, given)
+    if args.print_config:
+        print(recipe.to_yaml(), end="")  # noqa: T201
+        return 0
+    _check_output(args.json_summary, args.record)
+    _set_threads(args.threads)
+    seeds = [recipe.seed] if args.seeds is None else args.seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must be different seeds, got {seeds}")
+    data = _load_data(recipe, args)
+    folders = [args.out if args.seeds is None else args.out / f"seed-{seed}" for seed in seeds]
+    runs = _train_seeds(recipe, data, seeds, folders, args)
+    _show_runs(runs)
+    if args.json_summary is not None:
+        from .training.checkpoint import write_json
+
+        whole = runs[0].to_dict() if args.seeds is None else {"runs": [run.to_dict() for run in runs]}
+        write_json(args.json_summary, whole)
+    if args.record is not None:
+        _write_training_record(args.record, recipe, data, runs, _command(given))
+    return 0
+
+
+def _load_data(recipe: Recipe, args: Namespace) -> "ImageData":
+    """Check the model's name and load the data, before anything long."""
+    from .data import load_data
+    from .models import check_model
+
+    check_model(recipe.model)
+    return load_data(recipe.data, args.root, args.download, num_classes=recipe.model_args.get("num_classes"))
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 0:
+        raise UserError(f"--threads must be 0 or more, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _builder(recipe: Recipe, data: "ImageData") -> Callable[[], "nn.Module"]:
+    arguments = {"num_classes": data.num_classes, "in_chans": data.input_size[0], **recipe.model_args}
+    return lambda: _build(recipe.model, arguments)
+
+
+def _train_seeds(
+    recipe: Recipe, data: "ImageData", seeds: Sequence[int], folders: Sequence[Path], args: Namespace
+) -> "list[RunSummary]":
+    """Train each seed in its folder. Of several, those that are finished are not trained again."""
+    from dataclasses import replace
+
+    from .training import RunSummary, train
+    from .training.checkpoint import finished_run
+
+    runs = []
+    for seed, folder in zip(seeds, folders, strict=True):
+        one = replace(recipe, seed=seed)
+        done = finished_run(folder, one) if len(seeds) > 1 else None
+        if done is not None:
+            _console(stderr=True).print(f"{folder}: finished before, not trained again")
+            runs.append(RunSummary(**done))
+            continue
+        runs.append(
+            train(
+                one,
+                _builder(one, data),
+                data,
+                folder,
+                accelerator=args.get("accelerator", "auto"),
+                strict_resume=args.get("strict_resume", False),
+            )
+        )
+    return runs
+
+
+def _command(given: Sequence[str]) -> str:
+    """Return the call as a user would repeat it, without folders of this machine."""
+    words, skip = ["mgic"], False
+    for word in given:
+        flag = word.partition("=")[0]
+        if skip:
+            skip = False
+            continue
+        if flag in ("--root", "--out", "--record", "--json-summary"):
+            skip = "=" not in word
+            continue
+        words.append(f"'{word}'" if " " in word else word)
+    return " ".join([*words, "--out RUN"]) if "train" in words else " ".join(words)
+
+
+def _write_training_record(
+    path: Path, recipe: Recipe, data: "ImageData", runs: "list[RunSummary]", command: str
+) -> None:
+    from .training.records import make_record, training_metrics, write_record
+
+    record = make_record(
+        command,
+        data.note,
+        [run.seed for run in runs],
+        training_metrics(runs),
+        notes=["accuracies of the last epoch's weights, in percent; the test set picks no epoch"],
+        recipe=recipe.to_dict(),
+        history=[run.history for run in runs],
+    )
+    write_record(path, record)
+
+
+def _show_runs(runs: "list[RunSummary]") -> None:
+    from rich.table import Table
+
+    table = Table("model", "data", "seed", "epochs", "train %", "test %", "s/epoch", box=None, pad_edge=False)
+    for run in runs:
+        table.add_row(
+            *(run.model, run.data, str(run.seed), str(run.epochs)),
+            *(f"{run.train_accuracy:.2f}", f"{run.test_accuracy:.2f}", f"{run.seconds_per_epoch:.2f}"),
+        )
+    _console().print(table)
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--data", type=str, default=None, help="another data set than the run's own")
+    parser.add_argument("--split", type=str, default="test", help="test or train")
+    _add_data(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run_evaluate(args: Namespace) -> int:
+    from dataclasses import replace
+
+    from .training import evaluate, load_run
+
+    if args.split not in ("train", "test"):
+        raise UserError(f"--split must be train or test, got {args.split!r}")
+    saved = load_run(args.run)
+    recipe = replace(saved.recipe, data=args.data or saved.recipe.data)
+    data = _load_data(recipe, args)
+    model = _builder(recipe, data)()
+    try:
+        model.load_state_dict(saved.state_dict)
+    except RuntimeError as error:
+        reason = "; ".join(str(error).split("\n\t")[1:3])
+        raise UserError(f"{args.run}: its weights do not fit {recipe.model} for {data.name}: {reason}") from error
+    result = evaluate(model, data, args.split, batch_size=recipe.eval_batch_size, workers=recipe.workers)
+    if args.json:
+        _print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
+    else:
+        text = f"{result['accuracy']:.2f} % of {result['images']:,} images, cross-entropy {result['loss']:.4f}"
+        _console().print(f"{recipe.model} on {data.name} ({args.split}): {text}")
+    return 0
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the runs, the curves and the record"
+    )
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="seeds of the runs of each network")
+    parser.add_argument(
+        "--models", type=list[str], default=["resnet20", "mgic_resnet20"], help="networks, side by side"
+    )
+    parser.add_argument("--epochs", type=int, default=RECIPES["digits"].epochs, help="epochs of each run")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
+    parser.add_argument("--json-summary", type=Path, default=None, help="write the table as JSON")
+
+
+def _run_demo(args: Namespace, given: Sequence[str]) -> int:
+    from dataclasses import replace
+
+    from .counting import cost
+    from .data import load_data
+    from .models import check_model
+    from .reporting import compare_table, plot_curves
+    from .training.checkpoint import write_json
+
+    recipes = [replace(RECIPES["digits"], model=model, epochs=args.epochs) for model in args.models]
+    for model in args.models:
+        check_model(model)
+    _check_output(args.json_summary, args.out / "record.json")
+    _set_threads(args.threads)
+    data = load_data("digits")
+    out = _console()
+    out.print(f"{data.note}\nOne recipe: {args.epochs} epochs of SGD; seeds {args.seeds}; runs in {args.out}")
+    rows, curves = [], {}
+    for recipe in recipes:
+        folders = [args.out / recipe.model / f"seed-{seed}" for seed in args.seeds]
+        runs = _train_seeds(recipe, data, args.seeds, folders, args)
+        counted = cost(_builder(recipe, data)(), data.input_size)
+        rows.append(
+            {
+                "model": recipe.model,
+                "params": counted.params,
+                "macs": counted.macs,
+                "train_accuracy": [run.train_accuracy for run in runs],
+                "test_accuracy": [run.test_accuracy for run in runs],
+                "seconds_per_epoch": [run.seconds_per_epoch for run in runs],
+            }
+        )
+        curves[recipe.model] = [run.history for run in runs]
+        _write_training_record(args.out / f"record-{recipe.model}.json", recipe, data, runs, _command(given))
+    out.print(compare_table(rows))
+    plot_curves(curves, args.out / "curves.png", title=f"{data.name}: {len(args.seeds)} seeds each")
+    out.print(f"curves: {args.out / 'curves.png'}; records: {args.out}/record-*.json")
+    if args.json_summary is not None:
+        write_json(args.json_summary, {"data": data.note, "rows": rows})
+    return 0
+
+
+# --- info -----------------------------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "train": ("lightning", "tensorboard", "torchmetrics"),
+    "plots": ("matplotlib",),
+    "bench": ("fvcore",),
+}
+
+
+def _add_info(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run_info(args: Namespace) -> int:
+    import shutil
+    from importlib.util import find_spec
+
+    from .training.records import instruction_sets, machine, versions
+
+    facts: dict[str, Any] = {
+        "mgic": __version__,
+        "versions": versions(),
+        "machine": machine(),
+        "instruction_sets": instruction_sets(),
+        "compiler": next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None),
+        "extras": {name: all(find_spec(package) for package in needs) for name, needs in EXTRAS.items()},
+    }
+    if args.json:
+        _print_json(facts)
+        return 0
+    out = _console()
+    out.print(f"mgic {__version__}")
+    out.print("versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if k != "mgic"))
+    out.print("machine: " + ", ".join(f"{k} {v}" for k, v in facts["machine"].items() if v is not None))
+    out.print("instruction sets: " + (", ".join(facts["instruction_sets"]) or "unknown"))
+    out.print(f"C++ compiler: {facts['compiler'] or 'none found'}")
+    for name, there in facts["extras"].items():
+        state = "installed" if there else f"missing: pip install 'mgic\\[{name}]'"
+        out.print(f"extra {name}: {state} ({', '.join(EXTRAS[name])})")
+    return 0
+
+
+# --- the verbs ------------------------------------------------------------------------------------------------------
+
+VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]]] = {
+    "models": ("list the networks", _add_models, lambda args, given: _run_models(args)),
+    "cost": ("count parameters, multiply-adds and memory", _add_cost, lambda args, given: _run_cost(args)),
+    "train": ("train a network, or continue a run", _add_train, _run_train),
+    "evaluate": ("measure the accuracy of a run", _add_evaluate, lambda args, given: _run_evaluate(args)),
+    "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
+    "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
+}
+
+
+def _parser(verb: str | None) -> ArgumentParser:
+    """Make the parser; the flags of a verb are built only when it is called."""
+    parser = ArgumentParser(prog="mgic", description=DESCRIPTION, exit_on_error=False, formatter_class=_Help)
+    parser.add_argument("--version", action="version", version=f"mgic {__version__}", help="print the version")
+    verbs = parser.add_subcommands(dest="verb", required=True)
+    for name, (summary, add, _) in VERBS.items():
+        sub = ArgumentParser(exit_on_error=False, description=summary.capitalize())
+        if name == verb:
+            add(sub)
+        verbs.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mgic``; return the exit status.
+
+    0: done. 2: a wrong call, said in one line. 74: no room or no permission to write. 130, 143: interrupted, saved.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in given if not word.startswith("-")), None)
+    warnings.showwarning = lambda message, *rest, **more: print(f"mgic: warning: {message}", file=sys.stderr)  # noqa: T201
+    try:
+        if verb is not None and verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}{suggest(verb, VERBS)}")
+        args = _parser(verb).parse_args(given)
+        return VERBS[args.verb][2](args[args.verb], given)
+    except (UserError, ArgumentError) as error:
+        return _fail(error, 2)
+    except ImportError as error:
+        return _fail(_missing_extra(error), 2)
+    except OSError as error:
+        return _fail(error, 74)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Stopped as error:
+        return _fail(error, error.exit_code)
+
+
+def _missing_extra(error: ImportError) -> str:
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f"{package} is not installed: pip install 'mgic[{extra}]'"
+    raise error
+
+
+def _fail(error: object, code: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"mgic: {line}", file=sys.stderr)  # noqa: T201
+    return code
