@@ -375,17 +375,15 @@ def _npz(path: Path, num_classes: int | None) -> ImageData:
     if not path.is_file():
         raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            absent = [k for k in keys if k not in file.files]
-            if absent:
-                raise UserError(
-                    f"{path}: {', '.join(absent)} not in the file; found {', '.join(file.files) or 'nothing'}"
-                )
-            arrays = [file[k] for k in keys]
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            found = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
+            arrays = [archive[key] for key in keys if key in found]
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: not a readable .npz file ({error})") from error
+    absent = [key for key in keys if key not in found]
+    if absent:
+        raise UserError(f"{path}: {', '.join(absent)} not in the file; found {', '.join(found) or 'no array by name'}")
     train, test = len(arrays[0]), len(arrays[2])
     note = f"{path.name}: {train:,} train and {test:,} test images"
     if path.name.startswith("cifar10.") and (train < 50_000 or test < 10_000):

@@ -107,7 +107,8 @@ class Recipe:
             )
         if self.schedule != "step" and (self.milestones or self.step_size):
             raise UserError(
-                f"recipe: milestones and step_size belong to schedule 'step', but schedule is {self.schedule!r}"
+                f"recipe: milestones={self.milestones!r} and step_size={self.step_size!r} belong to schedule 'step', "
+                f"but schedule is {self.schedule!r}"
             )
         if self.milestones and self.milestones[-1] >= self.epochs:
             raise UserError(f"recipe: milestones must lie before epochs={self.epochs}, got {self.milestones!r}")
@@ -154,7 +155,7 @@ class Recipe:
         """The recipe as YAML, one field a line, in the order of the class."""
         import yaml  # with jsonargparse; imported here because `mgic --help` needs no YAML
 
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str, source: str | Path = "recipe") -> Recipe:
