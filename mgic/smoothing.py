@@ -166,7 +166,8 @@ class SmoothingInChannels(nn.Module):
 
     What is prolonged is the change of the coarse features. Line 7 prints the coarse features themselves
     (:func:`mgic.plain_prolongation`); only the change leaves a solution of ``A(u) = f`` as it is. The norm after ``P``
-    stays in both.
+    stays in both. Every step reads ``f - A u`` only and ``A`` is linear, so the change does not depend on where the coarse
+    grid starts: ``Pi`` is in the paper's counts, but it matters only where the features themselves are prolonged.
 
     Args:
         channels: Width ``c`` of the finest grid.
@@ -217,15 +218,15 @@ class SmoothingInChannels(nn.Module):
                 )
         self.correction = correction
         grids = [(level.channels, level.groups) for level in self.levels]
-        fine = [level.channels for level in self.levels[:-1]]
+        fine = self.levels[:-1]
         self.A = nn.ModuleList(_convolution(*grid) for grid in grids)
         self.B = nn.ModuleList(smoother(A, *grid) for A, grid in zip(self.A, grids, strict=True))
         self.pre = nn.ModuleList(nn.ModuleList(SmoothingStep(c) for _ in range(pre)) for c, _ in grids)
         self.post = nn.ModuleList(nn.ModuleList(SmoothingStep(c) for _ in range(post)) for c, _ in grids)
-        self.R = nn.ModuleList(Restriction(c, 2) for c in fine)
-        self.Pi = nn.ModuleList(Restriction(c, 2) for c in fine)
-        self.P = nn.ModuleList(Prolongation(c, 2) for c in fine)
-        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in fine)
+        self.R = nn.ModuleList(Restriction(level.channels, level.transfer_group_size) for level in fine)
+        self.Pi = nn.ModuleList(Restriction(level.channels, level.transfer_group_size) for level in fine)
+        self.P = nn.ModuleList(Prolongation(level.channels, level.transfer_group_size) for level in fine)
+        self.norm = nn.ModuleList(nn.BatchNorm2d(level.channels) for level in fine)
 
     def forward(self, f: Tensor, u: Tensor) -> Tensor:
         """Return the smoothed ``u``."""

@@ -246,7 +246,7 @@ def naive_step(step, f, u, A, B):
     return u + np.maximum(normed(step.norm_b, B @ r), 0)
 
 
-def naive_sic(smooth, f, u, size):
+def naive_sic(smooth, f, u, size, line_7):
     """Walk the grids down and up in two loops, with matrices, where the library recurs."""
     A, B = ([matrix_of(conv, size) for conv in convs] for convs in (smooth.A, smooth.B))
     R, Pi, P = ([matrix_of(conv, size) for conv in convs] for convs in (smooth.R, smooth.Pi, smooth.P))
@@ -260,7 +260,8 @@ def naive_sic(smooth, f, u, size):
             fs.append(R[k] @ (fs[k] - A[k] @ us[k]) + A[k + 1] @ before[k])
     for k in reversed(range(len(A))):
         if k < len(A) - 1:
-            us[k] = us[k] + normed(smooth.norm[k], P[k] @ (us[k + 1] - before[k]))
+            coarse = us[k + 1] if line_7 else us[k + 1] - before[k]
+            us[k] = us[k] + normed(smooth.norm[k], P[k] @ coarse)
         for step in smooth.post[k]:
             us[k] = naive_step(step, fs[k], us[k], A[k], B[k])
     return us[0]
@@ -269,12 +270,15 @@ def naive_sic(smooth, f, u, size):
 @pytest.mark.parametrize("size", [(1, 1), (3, 2)])
 @pytest.mark.parametrize(("pre", "post"), [(1, 1), (2, 0), (0, 2)])
 @pytest.mark.parametrize(("channels", "group_size", "coarsest"), [(8, 2, 2), (12, 3, 3), (12, 6, 4), (8, 1, 8)])
-def test_smoothing_in_channels_equals_algorithm_2_with_matrices(channels, group_size, coarsest, pre, post, size):
-    smooth = randomised(SmoothingInChannels(channels, group_size, coarsest, pre, post))
+@pytest.mark.parametrize("correction", [tau_correction, plain_prolongation])
+def test_smoothing_in_channels_equals_algorithm_2_with_matrices(
+    correction, channels, group_size, coarsest, pre, post, size
+):
+    smooth = randomised(SmoothingInChannels(channels, group_size, coarsest, pre, post, correction))
     for transfer in [*smooth.R, *smooth.Pi, *smooth.P]:
         nn.init.normal_(transfer.weight)
     f, u = torch.randn(2, 1, channels, *size, dtype=torch.float64)
-    expected = naive_sic(smooth, f.flatten().numpy(), u.flatten().numpy(), size)
+    expected = naive_sic(smooth, f.flatten().numpy(), u.flatten().numpy(), size, correction is plain_prolongation)
     torch.testing.assert_close(smooth(f, u).detach().flatten(), torch.from_numpy(expected))
 
 
@@ -436,7 +440,10 @@ class Polynomial(nn.Module):
 
 
 def test_a_network_with_b_as_a_polynomial_in_a_trains_and_copies():
-    for model in (mgnet((4, 8), share_a=True, smoother=Polynomial), mgiad((4, 8), 2, 2, smoother=Polynomial)):
+    for model in (
+        mgnet((4, 8), share_a=True, smoother=Polynomial),
+        mgiad((4, 8), 2, 2, correction=plain_prolongation, smoother=Polynomial),
+    ):
         names = [name for name, _ in model.named_parameters()]
         assert sorted(names) == sorted(set(model.state_dict()) & set(names))
         clone = copy.deepcopy(model)
@@ -458,18 +465,34 @@ SMALL = [
 small = pytest.mark.parametrize(("name", "overrides"), SMALL)
 
 
-@small
-def test_every_parameter_has_a_gradient(name, overrides):
-    model = mgic.create_model(name, **overrides)
-    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+UNSHARED = [("mgnet20", {}), ("mgnet20", {"coarsen": ResidualOnly})]
 
 
-def test_only_the_first_a_of_unshared_mgnet_is_idle():
-    """It meets u = 0 only; the count without sharing has it, so it is there."""
-    model = mgic.create_model("mgnet20")
-    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
-    assert [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0] == ["stages.0.A.0.weight"]
+@pytest.mark.parametrize(("name", "overrides"), SMALL + UNSHARED)
+def test_every_parameter_has_a_gradient_and_the_idle_ones_are_known(name, overrides):
+    """Idle: an ``A_1`` of its own where it meets ``u = 0`` only, and ``Pi`` of SiC where only the change is prolonged."""
+    model = mgic.create_model(name, **overrides).double()
+    model(torch.randn(4, 3, 16, 16, dtype=torch.float64)).square().sum().backward()
+    sizes = {n: p.grad.abs().max().item() for n, p in model.named_parameters()}
+    idle = {n for n in sizes if sizes[n] < 1e-10 * max(sizes.values())}
+    if name == "mgiad20":
+        assert idle == {n for n in sizes if re.search(r"stages\.\d\.Pi", n)} != set()
+    elif (name, overrides) in UNSHARED:
+        starts = 3 if "coarsen" in overrides else 1
+        assert idle == {f"stages.{i}.A.0.weight" for i in range(starts)}
+    else:
+        assert idle == set()
+
+
+@pytest.mark.parametrize("correction", [tau_correction, plain_prolongation])
+def test_where_the_coarse_grid_starts_matters_only_if_its_features_are_prolonged(correction):
+    smooth = randomised(SmoothingInChannels(16, 4, 4, pre=2, correction=correction))
+    f, u = torch.randn(2, 1, 16, 4, 4, dtype=torch.float64)
+    before = smooth(f, u)
+    for Pi in smooth.Pi:
+        nn.init.normal_(Pi.weight)
+    same = torch.allclose(smooth(f, u), before)
+    assert same == (correction is tau_correction)
 
 
 @small
