@@ -57,8 +57,8 @@ class Recipe:
         UserError: A field has a value outside its range.
 
     Example:
-        >>> Recipe(epochs=100, lr=0.1, schedule="step", step_size=30).learning_rate(step=31 * 10, steps_per_epoch=10)
-        0.01
+        >>> Recipe(epochs=100, lr=1.0, schedule="step", step_size=30).learning_rate(step=310, steps_per_epoch=10)
+        0.1
     """
 
     model: str = "mgic_resnet20"
