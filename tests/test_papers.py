@@ -7,7 +7,7 @@ import pytest
 import timm
 import torchvision
 
-FILE = Path(__file__).parents[1] / "papers.toml"
+FILE = Path(__file__).parents[1] / "mgic" / "papers.toml"
 DATA = tomllib.loads(FILE.read_text(encoding="utf-8"))
 PRINTED = tomllib.loads(FILE.read_text(encoding="utf-8"), parse_float=str)  # 2.90 stays "2.90"
 PAPERS, TABLES, FIGURES = DATA["papers"], DATA["tables"], DATA["figures"]

@@ -122,13 +122,15 @@ def train(
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training images")
+    fabric = _fabric(recipe, accelerator)
+    model = _seeded(build_model, recipe.seed)
+    _check_fit(model, data)  # before the folder is claimed: a network that cannot be trained leaves nothing behind
     with RunFolder(Path(out), recipe, data.fingerprint()) as folder, _Signals() as signals:
         outcome = "failed"
         folder.write_status("running")
         try:
-            fabric = _fabric(recipe, accelerator)
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
-                run = _Run(recipe, build_model, data, folder, fabric, steps_per_epoch, strict_resume)
+                run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume)
                 with _bar(progress, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
             outcome = "finished"
@@ -250,7 +252,7 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
-        build_model: Callable[[], nn.Module],
+        model: nn.Module,
         data: ImageData,
         folder: RunFolder,
         fabric: Any,
@@ -260,12 +262,10 @@ class _Run:
         self.recipe, self.folder, self.fabric = recipe, folder, fabric
         self.data = replace(data, train=data.train.to(fabric.device), test=data.test.to(fabric.device))
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
-        torch.manual_seed(random_key("init", recipe.seed))
-        model = build_model().to(fabric.device)
+        model = model.to(fabric.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.normalize = data.normalizer(fabric.device)
-        _check_fit(model, data)
         self.average = deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
         if recipe.compile:
             model.compile()
@@ -473,6 +473,13 @@ class _Run:
             history=at.history,
             resumed_from=self.resumed_from,
         )
+
+
+def _seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The network with the initial weights of ``seed``; PyTorch's generator is left as it was."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(random_key("init", seed))
+        return build_model()
 
 
 def _check_fit(model: nn.Module, data: ImageData) -> None:

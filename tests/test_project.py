@@ -1,0 +1,139 @@
+"""The project's own promises: imports point one way, public names exist, the README's commands and numbers are true."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import mgic
+from mgic.cli import main
+
+ROOT = Path(__file__).parents[1]
+ORDER = [  # left to right; a file imports from the left of its own place only
+    {"errors", "hierarchy"},
+    {"transfer"},
+    {"blocks"},
+    {"cycle", "smoothing", "counting"},
+    {"models", "data"},
+    {"training", "reporting"},
+    {"cli", "__main__", "__init__"},
+]
+
+
+def modules():
+    for path in sorted((ROOT / "mgic").rglob("*.py")):
+        parts = path.relative_to(ROOT / "mgic").with_suffix("").parts
+        yield path, parts
+
+
+def imported(path, parts):
+    """Top-level parts of the package that a file imports, type-checking imports included."""
+    package = ["mgic", *parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            full = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{full}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            words = name.split(".")
+            if words[0] == "mgic":
+                yield words[1]
+
+
+def test_imports_point_one_way():
+    places = {name: i for i, names in enumerate(ORDER) for name in names}
+    wrong = []
+    for path, parts in modules():
+        if parts == ("__init__",):
+            continue
+        here = places[parts[0]]
+        for name in imported(path, parts):
+            if name in places and name != parts[0] and places[name] > here:
+                wrong.append(f"{path.name} imports {name}")
+            if name in places and name != parts[0] and places[name] == here and (parts[0], name) not in SIBLINGS:
+                wrong.append(f"{path.name} imports its sibling {name}")
+    assert not wrong
+
+
+SIBLINGS = {("hierarchy", "errors"), ("smoothing", "cycle"), ("__main__", "cli"), ("cli", "__version__")}
+
+
+def test_training_and_reporting_name_no_model():
+    """They take a model; only recipes name one, as text."""
+    for path, parts in modules():
+        if parts[0] in ("training", "reporting"):
+            assert "models" not in set(imported(path, parts))
+
+
+def test_hierarchy_needs_the_standard_library_only():
+    tree = ast.parse((ROOT / "mgic" / "hierarchy.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules | names <= {"math", "collections.abc", "dataclasses", "errors"}
+
+
+def test_every_public_name_is_there_and_typed():
+    for name in mgic.__all__:
+        assert getattr(mgic, name) is not None
+    stub = re.findall(r"import (\w+) as \1", (ROOT / "mgic" / "__init__.py").read_text())
+    assert sorted(stub) == sorted(set(mgic.__all__) - {"__version__"})
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        mgic.nothing  # noqa: B018
+
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readmes_python_runs_and_prints_what_it_says(capsys):
+    for block in code_blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+        said = re.findall(r"print\(.*\)  # (.*)", block)
+        assert said == capsys.readouterr().out.splitlines()[: len(said)]
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    """Each line that calls mgic, as it stands, in an empty folder; make's two are run by CI and by hand."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("mgic ")]
+    assert len(lines) >= 5
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
+
+
+def test_the_readmes_table_is_the_records():
+    """Every number of the measured table is in the record its row names."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 2
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        record = json.loads((ROOT / re.search(r"\((results/.*?)\)", cells[-1]).group(1)).read_text())
+        assert record["recipe"]["model"] == cells[0].strip("`")
+        counted = mgic.cost(
+            mgic.create_model(record["recipe"]["model"], in_chans=1, **record["recipe"]["model_args"]), (1, 28, 28)
+        )
+        assert cells[1] == f"{counted.params:,}"
+        assert cells[2] == f"{counted.macs / 1e6:.1f} M"
+        for cell, name in ((cells[3], "train_accuracy"), (cells[4], "test_accuracy")):
+            metric = record["metrics"][name]
+            assert cell == f"{metric['mean']:.2f} ± {metric['std']:.2f}"
+
+
+def test_every_record_can_be_read():
+    from mgic.training import read_record
+
+    paths = list((ROOT / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        record = read_record(path)
+        assert record["commit"]["id"]
+        assert not re.search(r"/(home|root|tmp|work)/", path.read_text())
