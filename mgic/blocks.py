@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
     Shape:
         ``(N, channels, *spatial)``, unchanged.
 
-    Example:
+    Examples:
         >>> BasicBlock(16, groups=2)(torch.ones(1, 16, 4, 4)).shape
         torch.Size([1, 16, 4, 4])
     """
@@ -192,7 +192,7 @@ class GroupedLinear(nn.Module):
     Raises:
         ChannelConfigError: If ``groups`` does not divide both widths.
 
-    Example:
+    Examples:
         >>> GroupedLinear(8, 4, groups=2)(torch.ones(3, 8)).shape
         torch.Size([3, 4])
     """

@@ -55,7 +55,7 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
     Raises:
         UserError: If the network cannot take an input of this size.
 
-    Example:
+    Examples:
         >>> print(cost(nn.Conv2d(3, 8, 3, padding=1, bias=False), (3, 32, 32)))
         216 parameters, 221,184 MACs at 3x32x32
     """
@@ -127,7 +127,7 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
         input_size: Size of one input without the batch.
         batch: Inputs at once.
 
-    Example:
+    Examples:
         >>> memory(nn.Conv2d(4, 8, 1), (4, 10, 10)).inference  # 4 and 8 maps of 100 floats of 4 bytes
         4800
     """

@@ -118,7 +118,7 @@ class MGICBlock(nn.Module):
     Raises:
         ChannelConfigError: If a width is not a positive integer.
 
-    Example:
+    Examples:
         >>> from mgic.blocks import BasicBlock
         >>> block = MGICBlock(BasicBlock, channels=64, group_size=8, coarsest=16)
         >>> [level.channels for level in block.levels]
@@ -298,7 +298,7 @@ class MGICLinear(nn.Module):
     Shape:
         ``(..., in_features) -> (..., out_features)``
 
-    Example:
+    Examples:
         >>> layer = MGICLinear(512, 512, group_size=16, coarsest=32)
         >>> layer(torch.zeros(2, 7, 512)).shape, sum(p.numel() for p in layer.parameters()) < 512 * 512 / 8
         (torch.Size([2, 7, 512]), True)

@@ -73,7 +73,7 @@ def fit_group_size(channels: int, group_size: int, hidden: int | None = None, mi
     Raises:
         ChannelConfigError: If a value is not a positive integer.
 
-    Example:
+    Examples:
         >>> fit_group_size(64, 32), fit_group_size(40, 64), fit_group_size(40, 64, hidden=120, min_groups=1)
         (32, 20, 40)
         >>> fit_group_size(80, 64, hidden=184)  # gcd 8: groups of 10 would not divide 184, so 8 groups of 10 channels
@@ -122,7 +122,7 @@ def plan_levels(
     Raises:
         ChannelConfigError: If a value is not a positive integer (``extra``, ``minimum``, ``maximum``: not negative).
 
-    Example:
+    Examples:
         >>> for level in plan_levels(64, group_size=8, coarsest=16):
         ...     print(level)
         Level(channels=64, groups=8, hidden=64, transfer_groups=8)
@@ -179,7 +179,7 @@ def count_params(levels: Sequence[Level], convs: Sequence[Conv] = BASIC, dim: in
         convs: The convolutions of the wrapped block (:data:`BASIC`, :data:`BOTTLENECK`, :data:`CONVOLUTION` or your own).
         dim: Spatial dimensions of the convolutions.
 
-    Example:
+    Examples:
         >>> count_params(plan_levels(64, group_size=8, coarsest=16))
         19840
     """
@@ -216,7 +216,7 @@ def bound_params_2020(channels: int, group_size: int, coarsenings: int, kernel_s
 def describe_levels(levels: Sequence[Level], convs: Sequence[Conv] = BASIC, dim: int = 2) -> str:
     """Return a text table of a plan: widths, groups, and each level's share of the weights (norms left out).
 
-    Example:
+    Examples:
         >>> print(describe_levels(plan_levels(64, group_size=8, coarsest=16)))
         level  channels  hidden  groups  group size  transfers    weights  share
             0        64      64       8           8  8 x 8->4        9728    51%

@@ -14,7 +14,7 @@ History = Sequence[Mapping[str, float]]
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
     """Return ``mean +- sample standard deviation`` as text; of one value the value alone.
 
-    Example:
+    Examples:
         >>> mean_std([97.0, 98.0])
         '97.50 ± 0.71'
     """

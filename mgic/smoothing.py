@@ -37,7 +37,7 @@ class SmoothingStep(nn.Module):
     Shape:
         ``f`` and ``u``: ``(N, C, H, W)``; the new ``u`` alike.
 
-    Example:
+    Examples:
         >>> A = nn.Conv2d(8, 8, 3, padding=1, bias=False)
         >>> f, u = torch.randn(2, 1, 8, 4, 4)
         >>> step = SmoothingStep(8)
@@ -98,7 +98,7 @@ class Smoothing(nn.Module):
     Raises:
         ChannelConfigError: If ``steps`` is not positive or a group size does not divide ``channels``.
 
-    Example:
+    Examples:
         >>> f = torch.randn(1, 16, 8, 8)
         >>> Smoothing(16, steps=2, share_a=True)(f, torch.zeros_like(f)).shape
         torch.Size([1, 16, 8, 8])
@@ -184,7 +184,7 @@ class SmoothingInChannels(nn.Module):
     Raises:
         ChannelConfigError: If a grid's width is no multiple of ``group_size``, or there is no step.
 
-    Example:
+    Examples:
         >>> smooth = SmoothingInChannels(64, group_size=4, coarsest=16).eval()
         >>> [level.channels for level in smooth.levels], [level.groups for level in smooth.levels]
         ([64, 32, 16], [16, 8, 1])
@@ -287,7 +287,7 @@ class FullApproximation(nn.Module):
     Raises:
         ChannelConfigError: If ``out_channels`` is no multiple of ``in_channels``.
 
-    Example:
+    Examples:
         >>> f, u = torch.randn(2, 1, 4, 8, 8)
         >>> coarse = FullApproximation(4, 8)(f, u, nn.Identity(), nn.Identity())
         >>> [x.shape for x in coarse]

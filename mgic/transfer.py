@@ -87,7 +87,7 @@ class Restriction(GroupedPointwise):
     Raises:
         ChannelConfigError: If ``group_size`` is odd or does not divide ``channels``.
 
-    Example:
+    Examples:
         >>> Restriction(channels=16, group_size=4)(torch.ones(1, 16, 8, 8)).shape
         torch.Size([1, 8, 8, 8])
     """
@@ -111,7 +111,7 @@ class Prolongation(GroupedPointwise):
     Raises:
         ChannelConfigError: If ``group_size`` is odd or does not divide ``channels``.
 
-    Example:
+    Examples:
         >>> P = Prolongation(channels=16, group_size=4)
         >>> torch.allclose(P(torch.ones(1, 8, 2, 2)), torch.ones(1, 16, 2, 2))
         True
@@ -200,7 +200,7 @@ def sparse_random_pair(
     Raises:
         ChannelConfigError: If ``channels`` is odd or ``nonzeros`` is not positive.
 
-    Example:
+    Examples:
         >>> R, P = sparse_random_pair(16, nonzeros=4)
         >>> sum(p.numel() for p in R.parameters()), sum(p.numel() for p in P.parameters())
         (64, 64)

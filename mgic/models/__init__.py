@@ -16,7 +16,7 @@ _MODULES = (mg2020, mgnet, mobilenetv3, resnet)
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names of this library's networks that match a shell pattern, sorted.
 
-    Example:
+    Examples:
         >>> list_models("mgic_resnet?6")
         ['mgic_resnet56']
     """
@@ -48,7 +48,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises:
         UserError: If the name or an argument is unknown; the message names the nearest ones.
 
-    Example:
+    Examples:
         >>> create_model("mgic_resnet20", group_size=4).num_classes
         10
     """

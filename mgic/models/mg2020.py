@@ -40,7 +40,7 @@ class DoublingTransition(nn.Module):
     Shape:
         ``(N, channels, H, W) -> (N, 2 channels, ceil(H / 2), ceil(W / 2))``
 
-    Example:
+    Examples:
         >>> DoublingTransition(16)(torch.ones(1, 16, 7, 7)).shape
         torch.Size([1, 32, 4, 4])
     """

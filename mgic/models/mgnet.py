@@ -234,7 +234,7 @@ def paper_weights(model: MgNet, table: int) -> int:
     Raises:
         UserError: If the table has no row of such a network.
 
-    Example:
+    Examples:
         >>> model = mgiad((64, 128, 256, 256), coarsest=64, group_size=4)
         >>> paper_weights(model, table=2), count_trainable(model)
         (393034, 389066)

@@ -56,7 +56,7 @@ class Recipe:
     Raises:
         UserError: A field has a value outside its range.
 
-    Example:
+    Examples:
         >>> Recipe(epochs=100, lr=1.0, schedule="step", step_size=30).learning_rate(step=310, steps_per_epoch=10)
         0.1
     """
