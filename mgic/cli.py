@@ -219,7 +219,8 @@ def _load_data(recipe: Recipe, args: Namespace) -> "ImageData":
     from .models import check_model
 
     check_model(recipe.model)
-    return load_data(recipe.data, args.root, args.download, num_classes=recipe.model_args.get("num_classes"))
+    classes = recipe.model_args.get("num_classes")
+    return load_data(recipe.data, args.root, args.download, num_classes=classes).padded(recipe.pad_images)
 
 
 def _set_threads(threads: int) -> None:

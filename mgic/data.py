@@ -6,7 +6,7 @@ import hashlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -248,6 +248,22 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     note: str
+
+    def padded(self, pixels: int) -> ImageData:
+        """The same data with larger images: ``pixels`` black ones on each side, for training and test.
+
+        Raises:
+            UserError: The images are files: they are cut to any size as they are read (``image_size``).
+        """
+        if not pixels:
+            return self
+        if not (isinstance(self.train, Images) and isinstance(self.test, Images)):
+            raise UserError(f"pad_images={pixels} is for data sets in memory, not for the image folder {self.name}")
+        train, test = (replace(s, images=F.pad(s.images, (pixels,) * 4)) for s in (self.train, self.test))
+        channels, height, width = self.input_size
+        size = (channels, height + 2 * pixels, width + 2 * pixels)
+        note = f"{self.note}; padded to {size[1]}x{size[2]}"
+        return replace(self, train=train, test=test, input_size=size, note=note)
 
     def normalizer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The function from uint8 pixels to the network's float32 input: ``(x / 255 - mean) / std``."""

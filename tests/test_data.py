@@ -374,3 +374,14 @@ def test_images_move_to_a_device_together():
     moved = stripes().train.to(torch.device("meta"))
     assert isinstance(moved, Images)
     assert moved.images.device == moved.labels.device == torch.device("meta")
+
+
+def test_padding_puts_black_pixels_around_every_image():
+    data = load_data("digits")
+    padded = data.padded(2)
+    assert padded.input_size == (1, 12, 12)
+    for small, large in ((data.train, padded.train), (data.test, padded.test)):
+        assert torch.equal(large.images[:, :, 2:-2, 2:-2], small.images)
+        assert int(large.images.sum()) == int(small.images.sum())
+    assert padded.fingerprint() != data.fingerprint()
+    assert data.padded(0) is data

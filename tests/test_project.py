@@ -88,6 +88,14 @@ def test_every_public_name_is_there_and_typed():
         mgic.nothing  # noqa: B018
 
 
+def test_every_recipe_names_a_network_that_can_be_built():
+    from mgic.training import RECIPES
+
+    for name, recipe in RECIPES.items():
+        model = mgic.create_model(recipe.model, num_classes=7, in_chans=3, **recipe.model_args)
+        assert model.num_classes == 7, name
+
+
 def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
 

@@ -426,6 +426,7 @@ WRONG = {
     "epochs": [0, -1, 2.0, "3"],
     "batch_size": [0],
     "lr": [0, -0.1, math.nan, math.inf, "0.1"],
+    "optimizer": ["adam", None],
     "momentum": [-0.1, 1.0],
     "nesterov": [1, "yes"],
     "weight_decay": [-1e-9],
@@ -441,6 +442,7 @@ WRONG = {
     "precision": ["64", 32, None],
     "channels_last": [None],
     "compile": [2],
+    "pad_images": [-1],
     "crop_padding": [-1],
     "flip": ["no"],
     "seed": [-1, 0.5],
@@ -471,6 +473,7 @@ def test_every_field_of_a_recipe_is_checked():
         ({"schedule": "step", "milestones": (30,)}, "milestones must lie before epochs=30"),
         ({"schedule": "onecycle", "warmup_epochs": 1}, "warms up by itself"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov needs momentum > 0"),
+        ({"nesterov": True, "optimizer": "rmsprop"}, "nesterov belongs to optimizer 'sgd', but optimizer is 'rmsprop'"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(values, message):
@@ -484,6 +487,49 @@ def test_the_cifar_recipe_is_the_printed_one():
     assert (r.epochs, r.batch_size, r.lr, r.momentum, r.weight_decay) == (100, 128, 0.001, 0.9, 0.0001)
     rates = [r.learning_rate(epoch * 390, 390) for epoch in range(100)]
     assert rates == pytest.approx([0.001] * 30 + [1e-4] * 30 + [1e-5] * 30 + [1e-6] * 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "lr", "decay", "rates"),
+    [  # rates: (epoch, factor) where the schedule prints one
+        ("imagenet_mgic_resnet50", 100, 256, 0.1, 1e-4, {0: 1, 29: 1, 30: 0.1, 60: 0.01, 90: 0.001}),
+        ("imagenet_mgic_mobilenetv3", 100, 256, 0.1, 1e-4, {30: 0.1}),
+        ("imagenet_mgic_mobilenetv3_150", 150, 256, 0.1, 1e-4, {149: 1e-4}),
+        ("cifar10_mg2020", 180, 128, 0.1, 1e-4, {179: 1e-5}),
+        ("cifar100_mg2020", 180, 128, 0.1, 1e-4, {179: 1e-5}),
+        ("imagenet_mg_resnet34", 180, 200, 0.1, 1e-4, {29: 1, 30: 0.1}),
+        ("imagenet_mg_mobilenetv2", 180, 96, 0.045, 4e-5, {0: 1, 1: 0.98, 10: 0.98**10}),
+        ("cifar10_mgiad", 400, 128, 0.05, 1e-4, {0: 1, 200: 0.5}),
+        ("cifar100_mgiad", 400, 128, 0.05, 1e-4, {200: 0.5}),
+        ("fashion_mnist_mgiad", 400, 128, 0.05, 1e-4, {24: 1, 25: 0.1, 50: 0.01}),
+        ("fashion_mnist_mgiad20", 400, 128, 0.05, 1e-4, {25: 0.1}),
+    ],
+)
+def test_the_recipes_of_the_papers_are_the_printed_ones(name, epochs, batch, lr, decay, rates):
+    """Eliasof et al. 2023, Sec. 4.3; Ephrath et al. 2020, Sec. 5; van Betteray et al. 2022, Sec. IV."""
+    r = RECIPES[name]
+    assert (r.epochs, r.batch_size, r.lr, r.momentum, r.weight_decay) == (epochs, batch, lr, 0.9, decay)
+    for epoch, factor in rates.items():
+        assert r.learning_rate(epoch * 100, 100) == pytest.approx(lr * factor)
+
+
+def test_rmsprop_is_timms(tmp_path):
+    """The optimizer MobileNets are trained with: one step from the same weights is the same step."""
+    from timm.optim import RMSpropTF
+
+    recipe = replace(RECIPE, optimizer="rmsprop", nesterov=False, epochs=1, lr=0.045, batch_size=len(stripes().train))
+    recipe = replace(recipe, ema_decay=0.0, clip_grad=0.0, label_smoothing=0.0, flip=False, crop_padding=0)
+    train(recipe, tiny, stripes(), tmp_path / "run")
+    torch.manual_seed(random_key("init", recipe.seed))
+    model, data = tiny(), stripes().train
+    optimizer = RMSpropTF(
+        model.parameters(), recipe.learning_rate(0, 1), 0.9, 1.0, recipe.weight_decay, recipe.momentum
+    )
+    chosen = epoch_order(len(data), recipe.seed, 0)
+    F.cross_entropy(model((data.images[chosen] / 255 - 0.3) / 0.2), data.labels[chosen]).backward()
+    optimizer.step()
+    state = newest_checkpoint(tmp_path / "run/checkpoints")
+    torch.testing.assert_close(state["model"], model.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 # Records

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -217,20 +218,20 @@ def _fabric(recipe: Recipe, accelerator: str) -> Any:
     return Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
 
 
-def _sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if recipe.decay_norms or parameter.ndim > 1 else plain).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+    groups = [group for group in groups if group["params"]]
+    make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, nesterov=recipe.nesterov)
+    if recipe.optimizer == "rmsprop":
+        from timm.optim import RMSpropTF
+
+        make = partial(RMSpropTF, alpha=0.9, eps=1.0)
+    return make(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 @dataclass
@@ -270,7 +271,7 @@ class _Run:
         if recipe.compile:
             model.compile()
         self.model = model
-        self.wrapped, self.optimizer = fabric.setup(model, _sgd(model, recipe))
+        self.wrapped, self.optimizer = fabric.setup(model, _optimizer(model, recipe))
         self.at, self.saved_step = _Progress(), -1
         checkpoint = folder.newest(strict_resume)
         if checkpoint is not None:
