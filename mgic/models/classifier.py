@@ -190,10 +190,10 @@ def build(
         )
     timm_keys = {
         *("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls"),
-        *("pretrained_strict", "kwargs_filter"),
+        *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "kwargs_filter"),
     }
-    known = [k for k in inspect.signature(make).parameters if k not in defaults or k in given]
-    if unknown := sorted(set(given) - timm_keys - set(inspect.signature(make).parameters)):
+    known = inspect.signature(make).parameters
+    if unknown := sorted(set(given) - timm_keys - set(known)):
         raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     feature_cfg = {"feature_cls": "getter", "out_indices": None}
     return build_model_with_cfg(make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
