@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -269,7 +268,7 @@ def mgnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def mgnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MgNet with three levels of 16 to 64 channels, three steps each: beside ResNet-20."""
-    return build(partial(mgnet, nu=3), "mgnet20", pretrained, {"channels": _CHANNELS_20}, kwargs)
+    return build(mgnet, "mgnet20", pretrained, {"channels": _CHANNELS_20, "nu": 3}, kwargs)
 
 
 @register_model
