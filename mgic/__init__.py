@@ -34,6 +34,11 @@ _HOMES = {
     "plain_prolongation": "cycle",
     "scaled_correction": "cycle",
     "frozen": "cycle",
+    "SmoothingStep": "smoothing",
+    "Smoothing": "smoothing",
+    "SmoothingInChannels": "smoothing",
+    "FullApproximation": "smoothing",
+    "ResidualOnly": "smoothing",
     "create_model": "models",
     "list_models": "models",
     "Cost": "counting",
@@ -76,6 +81,11 @@ if TYPE_CHECKING:
     from .hierarchy import plan_levels as plan_levels
     from .models import create_model as create_model
     from .models import list_models as list_models
+    from .smoothing import FullApproximation as FullApproximation
+    from .smoothing import ResidualOnly as ResidualOnly
+    from .smoothing import Smoothing as Smoothing
+    from .smoothing import SmoothingInChannels as SmoothingInChannels
+    from .smoothing import SmoothingStep as SmoothingStep
     from .transfer import Prolongation as Prolongation
     from .transfer import Restriction as Restriction
     from .transfer import averaging_pair as averaging_pair

@@ -19,8 +19,10 @@ from .training.recipes import RECIPES, Recipe, suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from torch import nn
 
+    from .counting import Part
     from .data import ImageData
     from .training import RunSummary
 
@@ -93,6 +95,9 @@ def _add_cost(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--input_size", type=list[int], default=None, help="'[3, 224, 224]'; the network's own by default"
     )
+    parser.add_argument("--scaling", action="store_true", help="fit how the cost grows with the width")
+    parser.add_argument("--widths", type=list[float], default=[1, 2, 3, 4, 6, 8], help="width multipliers of --scaling")
+    parser.add_argument("--plot", type=Path, default=None, help="PNG of the curves of --scaling")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -109,39 +114,174 @@ def _build(name: str, arguments: dict[str, Any]) -> "nn.Module":
 def _run_cost(args: Namespace) -> int:
     import torch
 
-    from .counting import cost, memory
-    from .cycle import MGICBlock
+    from .counting import breakdown, cost, memory
 
     with torch.device("meta"):
         model = _build(args.model, args.model_args)
     config: Any = getattr(model, "pretrained_cfg", {})
     size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
-    counted, held = cost(model, size), memory(model, size)
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MGICBlock)}
+    if args.scaling:
+        return _run_scaling(args, size)
+    if args.plot is not None:
+        raise UserError("--plot draws what --scaling fits: give both")
+    counted, held, parts = cost(model, size), memory(model, size), breakdown(model, size)
+    small = [part for part in parts if part.group_size and part.channels and part.group_size < min(8, part.channels)]
     if args.json:
+        whole = {"params": counted.params, "macs": counted.macs, "inference": held.inference, "saved": held.saved}
+        rows = [vars(part) for part in parts]
+        groups = _layers(model)
         _print_json(
             {
                 "model": args.model,
                 "model_args": args.model_args,
                 "input_size": size,
-                "params": counted.params,
-                "macs": counted.macs,
-                "inference_bytes": held.inference,
-                "training_bytes": held.saved,
-                "blocks": {name: [vars(level) for level in block.levels] for name, block in blocks.items()},
+                **whole,
+                "parts": rows,
+                "layers": groups,
             }
         )
         return 0
     out = _console()
     out.print(f"{args.model}: {counted}")
     out.print(
-        f"features of one input: {held.inference / 2**20:.2f} MiB at inference, {held.saved / 2**20:.2f} MiB in training"
+        f"features of one input: at most {held.inference / 2**20:.2f} MiB alive at inference, "
+        f"{held.saved / 2**20:.2f} MiB kept in training"
     )
-    plans: dict[str, list[str]] = {}
-    for name, block in blocks.items():
-        plans.setdefault(block.extra_repr(), []).append(name)
-    for plan, names in plans.items():
-        out.print(f"  {len(names):3d} x {plan}  ({names[0]}{', ...' if len(names) > 1 else ''})")
+    out.print(_parts_table(parts))
+    for part in small:
+        out.print(
+            f"note: {part.name}, {part.channels} channels: groups of {part.group_size}; below 8 they use processors badly"
+        )
+    return 0
+
+
+def _layers(model: "nn.Module") -> list[dict[str, Any]]:
+    """Return the convolutions of a network with their effective group sizes."""
+    return [
+        {"name": name, "inputs": m.in_channels, "outputs": m.out_channels, "group_size": m.in_channels // m.groups}
+        for name, m in model.named_modules()
+        if hasattr(m, "groups") and hasattr(m, "in_channels") and hasattr(m, "out_channels")
+    ]
+
+
+def _parts_table(parts: "list[Part]") -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("part", "grid", "groups of", "params", "MACs", "made MiB", "peak MiB", "kept MiB"):
+        table.add_column(name, justify="left" if name in ("part", "grid") else "right")
+    for part in parts:
+        if not (part.params or part.macs or part.activations):
+            continue
+        head = (part.name, "", "")
+        if part.level is not None:
+            dense = part.group_size == part.channels
+            head = (
+                "",
+                f"level {part.level}: {part.channels} ({part.blocks}x)",
+                "dense" if dense else str(part.group_size),
+            )
+        mib = (f"{value / 2**20:.2f}" for value in (part.activations, part.inference, part.saved))
+        table.add_row(*head, f"{part.params:,}", f"{part.macs:,}", *mib)
+    return table
+
+
+def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
+    from rich.table import Table
+
+    from .reporting import plot_scaling
+    from .scaling import explain, fit_exponent, scaling
+
+    if len(args.widths) < 2 or min(args.widths) <= 0:
+        raise UserError(f"--widths must be two or more positive multipliers, got {args.widths}")
+    _check_output(args.plot)
+    rows = scaling(args.model, args.model_args, args.widths, size)
+    names = ("params", "macs", "dense_params", "dense_macs")
+    exponents = {name: fit_exponent([(row.width, getattr(row, name)) for row in rows]) for name in names}
+    if args.plot is not None:
+        plot_scaling(rows, args.plot, f"{args.model} {args.model_args or ''}")
+    if args.json:
+        _print_json({"model": args.model, "rows": [vars(row) for row in rows], "exponents": exponents})
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for name in ("width", "params", "MACs", "dense params", "dense MACs"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(f"{row.width:g}", *(f"{getattr(row, name):,}" for name in names))
+    table.add_row("exponent", *(f"{exponents[name]:.3f}" for name in names))
+    out = _console()
+    out.print(table)
+    if max(exponents["params"], exponents["macs"]) > 1.10:
+        out.print("above 1.10: " + explain(rows))
+    return 0
+
+
+# --- table and figure -----------------------------------------------------------------------------------------------
+
+
+def _add_results(parser: ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of our own records")
+
+
+def _add_table(parser: ArgumentParser) -> None:
+    parser.add_argument("id", nargs="?", default=None, type=str, help="such as mgic-5; --list names all")
+    parser.add_argument("--list", action="store_true", help="name the tables")
+    parser.add_argument("--all", action="store_true", help="print every table")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    _add_results(parser)
+
+
+def _read_records(folder: Path) -> list[dict[str, Any]]:
+    from .training import read_record
+
+    return [{**read_record(path), "file": path.as_posix()} for path in sorted(folder.rglob("*.json"))]
+
+
+def _run_table(args: Namespace) -> int:
+    from .reporting import paper_csv, paper_markdown, paper_table
+    from .tables import build_table, papers, table_ids
+
+    if args.json + args.markdown + args.csv > 1:
+        raise UserError("give one of --json, --markdown and --csv")
+    if (args.id is not None) + args.list + args.all != 1:
+        raise UserError("give the id of a table, or --all, or --list")
+    if args.list:
+        titles = {name: table["caption"] for name, table in papers()["tables"].items()}
+        if args.json:
+            _print_json([{"id": name, "caption": title} for name, title in titles.items()])
+        else:
+            print("\n".join(f"{name:<12} {title}" for name, title in titles.items()))  # noqa: T201
+        return 0
+    records = _read_records(args.results)
+    tables = [build_table(name, records) for name in (table_ids() if args.all else [args.id])]
+    if args.json:
+        _print_json(tables if args.all else tables[0])
+    elif args.csv:
+        print(paper_csv(tables), end="")  # noqa: T201
+    elif args.markdown:
+        print(("# Tables\n\n" if args.all else "") + "\n".join(map(paper_markdown, tables)), end="")  # noqa: T201
+    else:
+        for table in tables:
+            _console().print(paper_table(table), "")
+    return 0
+
+
+def _add_figure(parser: ArgumentParser) -> None:
+    parser.add_argument("id", type=str, help="mgic-3, mgic-4, mgic-5, mgic-6 or mgiad-7")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file")
+    _add_results(parser)
+
+
+def _run_figure(args: Namespace) -> int:
+    from .reporting import plot_panels
+    from .tables import build_figure
+
+    title, panels = build_figure(args.id, _read_records(args.results))
+    _check_output(args.out)
+    plot_panels(panels, args.out, title)
+    _console().print(f"{title}: {args.out}")
     return 0
 
 
@@ -452,6 +592,8 @@ def _run_info(args: Namespace) -> int:
 VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]]] = {
     "models": ("list the networks", _add_models, lambda args, given: _run_models(args)),
     "cost": ("count parameters, multiply-adds and memory", _add_cost, lambda args, given: _run_cost(args)),
+    "table": ("a table of the papers beside our counts", _add_table, lambda args, given: _run_table(args)),
+    "figure": ("a plot of the papers with our points", _add_figure, lambda args, given: _run_figure(args)),
     "train": ("train a network, or continue a run", _add_train, _run_train),
     "evaluate": ("measure the accuracy of a run", _add_evaluate, lambda args, given: _run_evaluate(args)),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),

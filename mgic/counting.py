@@ -6,8 +6,8 @@ convolutions), activations, pooling and additions are not counted.
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -85,14 +85,45 @@ class Memory:
     training: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one part of a network costs, or one level of the multigrid blocks in it.
+
+    Args:
+        name: Path of the module in the network.
+        level: Place of the grid in its hierarchy, 0 the finest; None for the whole part.
+        channels: Width of that grid; None for the whole part.
+        group_size: Its effective channels per group; ``channels`` where it is dense, None for the whole part.
+        blocks: Blocks of the part that have this grid; 0 for the whole part.
+        params: Trainable parameters.
+        macs: Multiply-adds of one input.
+        activations: Bytes of all features the part makes for one input at inference.
+        inference: Most bytes alive at once, in the whole network, while the part runs at inference.
+        saved: Bytes of features the part keeps for the backward pass.
+    """
+
+    name: str
+    level: int | None
+    channels: int | None
+    group_size: int | None
+    blocks: int
+    params: int
+    macs: int
+    activations: int
+    inference: int
+    saved: int
+
+
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of every storage that operations make, until it is freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = self.peak = self.made = 0
         owned = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
         self._known = weakref.WeakSet(owned)
+        self.running: list[_Tally] = []  # parts of the network that are being run
+        self.peaks: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -100,7 +131,10 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known.add(storage)
         self.live += storage.nbytes()
+        self.made += storage.nbytes()
         self.peak = max(self.peak, self.live)
+        for tally in self.running:
+            self.peaks[id(tally)] = max(self.peaks.get(id(tally), 0), self.live)
         weakref.finalize(storage, self._remove, storage.nbytes())
 
     def _remove(self, size: int) -> None:
@@ -150,3 +184,106 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
     inference, _ = run(train=False)
     training, saved = run(train=True)
     return Memory(inference, saved, training)
+
+
+def breakdown(model: nn.Module, input_size: Sequence[int]) -> list[Part]:
+    """Count a network part by part: its stem, stages and head (else its children), and the levels within each.
+
+    A level gathers what the modules of one grid do, in all blocks of the part, wherever they are called (MgNet's operators
+    are called between stages too). Additions between levels belong to no level.
+
+    Args:
+        model: Any network; left as it was.
+        input_size: Size of one input without the batch.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False))
+        >>> [(part.name, part.params, part.macs) for part in breakdown(net, (3, 2, 2))]
+        [('0', 24, 96), ('1', 0, 0), ('2', 32, 128)]
+    """
+    meta = copy.deepcopy(model).to("meta")
+    tallies: dict[tuple[Any, ...], _Tally] = {}
+    inside: dict[nn.Module, list[_Tally]] = {}
+    for name, part in _named_parts(meta):
+        tallies[(name,)] = _Tally(name)
+        inside.setdefault(part, []).append(tallies[(name,)])
+        for block in part.modules():
+            levels = getattr(block, "levels", None)
+            if not isinstance(levels, list):
+                continue
+            # a block that plans levels keeps its modules in lists with one entry a level
+            lists = [children for children in block.children() if isinstance(children, nn.ModuleList)]
+            for j, level in enumerate(levels):
+                tally = tallies.setdefault((name, j, level), _Tally(name, j, level.channels, level.group_size))
+                tally.blocks += 1
+                for children in lists:
+                    if j < len(children):
+                        inside.setdefault(children[j], []).append(tally)
+    for module, owners in inside.items():
+        for tally in owners:
+            tally.params |= {id(p): p.numel() for p in module.parameters() if p.requires_grad}
+    _tally(meta.eval(), inside, input_size)
+    _tally(meta.train(), inside, input_size)
+    return [tally.part() for tally in tallies.values()]
+
+
+def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Stem, each stage (and what else stands in lists), head; the children of other networks."""
+    for name, child in model.named_children():
+        if name == "stages" or isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{i}", stage) for i, stage in child.named_children())
+        else:
+            yield name, child
+
+
+@dataclass
+class _Tally:
+    """A part in the making."""
+
+    name: str
+    level: int | None = None
+    channels: int | None = None
+    group_size: int | None = None
+    blocks: int = 0
+    params: dict[int, int] = field(default_factory=dict)
+    macs: int = 0
+    activations: int = 0
+    inference: int = 0
+    saved: int = 0
+
+    def part(self) -> Part:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Part(**{**values, "params": sum(self.params.values())})
+
+
+def _tally(meta: nn.Module, inside: dict[nn.Module, list[_Tally]], input_size: Sequence[int]) -> None:
+    """Run a network in its mode and add up what happens inside the modules."""
+    counter, tracker = FlopCounterMode(display=False), _LiveBytes(meta)
+    train = meta.training
+
+    def account(module: nn.Module, sign: int) -> None:
+        for tally in inside[module]:
+            if train:
+                tally.saved += sign * tracker.live
+            else:
+                tally.macs += sign * counter.get_total_flops() // 2
+                tally.activations += sign * tracker.made
+
+    def enter(module: nn.Module, args: Any) -> None:
+        account(module, -1)
+        tracker.running += inside[module]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        account(module, +1)
+        for tally in inside[module]:
+            if not train:
+                tally.inference = max(tally.inference, tracker.peaks.get(id(tally), 0))
+            tracker.running.remove(tally)
+
+    hooks = [h for m in inside for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    x = torch.empty(1, *input_size, device="meta")
+    with torch.set_grad_enabled(train), counter, tracker:
+        tracker.add(x)
+        meta(x)
+    for hook in hooks:
+        hook.remove()

@@ -1,12 +1,18 @@
 """Tables and plots of results."""
 
+import csv
+import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from .scaling import ScalingRow
+    from .tables import Panel
 
 History = Sequence[Mapping[str, float]]
 
@@ -48,6 +54,249 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     return table
 
 
+# --- the papers' tables ---------------------------------------------------------------------------------------------
+
+_MEASURES = {
+    **{"top1": "top-1", "top5": "top-5", "top1_std": "std", "train_top1": "train", "miou": "mIoU", "mse": "MSE"},
+    **{"mobile_time": "phone", "cpu_time": "PC", "train_time": "training step"},
+}
+_LAYER_WORDS = {"exp": "exp {}", "expansion": "expansion {}", "c_in": "{} ->", "c_out": "-> {}", "repetitions": "x {}"}
+
+
+class Sheet(NamedTuple):
+    """A table of the papers as text: what the terminal and the documentation show.
+
+    Args:
+        head: Names of the columns; those after ``labels`` hold numbers.
+        lines: Cells.
+        remarks: What the numbers in brackets after a row's label stand for.
+        labels: Columns of text at the left.
+    """
+
+    head: list[str]
+    lines: list[list[str]]
+    remarks: list[str]
+    labels: int
+
+
+def paper_sheet(table: Mapping[str, Any]) -> Sheet:
+    """Lay out what :func:`mgic.tables.build_table` returns."""
+    remarks: list[str] = []
+    for row in table["rows"]:
+        said = _remarks(row)
+        if said and said not in remarks:
+            remarks.append(said)
+    marks = [f" [{remarks.index(said) + 1}]" if (said := _remarks(row)) else "" for row in table["rows"]]
+    head, lines = (_layer_cells if table["kind"] == "layers" else _result_cells)(table, marks)
+    return Sheet(head, lines, remarks, labels=4 if table["kind"] == "layers" else 1)
+
+
+def _result_cells(table: Mapping[str, Any], marks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    rows, units = table["rows"], table["units"]
+    others = [key for key in units if key not in ("params", "macs")]
+    recorded = any(row["accuracy"] for row in rows)
+    counted = {"params": "params", "macs": "MACs"}
+    weighed = any("paper_weights" in (row["ours"] or {}) for row in rows)
+    head = ["row"]
+    for key, name in counted.items():
+        head += [f"{name} printed", "ours", "off"] if key in units else [f"{name}, ours"]
+    head += ["as the paper counts", "off"] * weighed
+    head += [f"{_MEASURES.get(key, key)} {units[key] if units[key] != '1' else ''}".strip() for key in others]
+    head += ["our accuracy %"] * recorded
+    lines = []
+    for row, mark in zip(rows, marks, strict=True):
+        readings = [{"row": f"  {reading['reading']}", "ours": reading, **reading} for reading in row["readings"]]
+        for line in (row, *readings):
+            ours, off, said = line["ours"] or {}, line["deviation"], line.get("as_printed", {})
+            cells = [line["row"] + (mark if line is row else "")]
+            for key in counted:
+                cells += [said.get(key, "")] * (key in units) + [_count(ours.get(key))]
+                cells += [_per_cent(off.get(key))] * (key in units)
+            cells += [_count(ours.get("paper_weights")), _per_cent(off.get("paper_weights"))] * weighed
+            cells += [said.get(key, "") for key in others]
+            lines.append(cells + [_accuracy(line.get("accuracy"))] * recorded)
+    return head, lines
+
+
+def _layer_cells(table: Mapping[str, Any], marks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    shown = [
+        key for key in ("kernels", *table["units"], "se", "pool") if any(key in r["printed"] for r in table["rows"])
+    ]
+    lines = []
+    for row, mark in zip(table["rows"], marks, strict=True):
+        built = row["built"] or {}
+        verdict = (
+            "" if not (built and row["printed"]) else f"not in {', '.join(row['differs'])}" if row["differs"] else "yes"
+        )
+        lines.append([row["row"] + mark, _layer(row["printed"], shown), _layer(built, shown), verdict])
+    return ["layer", "printed", "built", "equal"], lines
+
+
+def _layer(layer: Mapping[str, Any], shown: Sequence[str]) -> str:
+    words = [str(layer[key]) for key in ("input", "layer") if key in layer]
+    for key in shown:
+        value = layer.get(key)
+        if value is True:
+            words.append({"se": "SE", "pool": "pool"}[key])
+        elif value not in (None, False):
+            text = " | ".join(value) if isinstance(value, list) else value
+            words.append(_LAYER_WORDS.get(key, "{}").format(text))
+    return "; ".join(words)
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _per_cent(number: float | None) -> str:
+    return "" if number is None else f"{number:+.1f} %"
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    test = found["test"]
+    return f"{test['mean']:.2f} ± {test['std']:.2f} ({found['n']} runs, {found['epochs']} epochs)"
+
+
+def _remarks(row: Mapping[str, Any]) -> str:
+    """Return all there is to be said of a row, in one paragraph."""
+    said = []
+    if row["misprint"]:
+        said.append(f"Misprint: {row['misprint'].strip()}")
+    if row["should_be"]:
+        said.append(f"It should be {_values(row['should_be'])}.")
+    for variant in row["variants"]:
+        values = {key: value for key, value in variant.items() if key not in ("paper", "table", "units")}
+        units = f" (in {_values(variant['units'])})" if "units" in variant else ""
+        said.append(f"{variant['paper']}, {variant['table']}, prints {_values(values)}{units}.")
+    if row["note"]:
+        said.append(row["note"].strip())
+    if row.get("accuracy"):
+        said.append(f"Our accuracy: {row['accuracy']['record']}, on {row['accuracy']['data']}.")
+    return " ".join(said)
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    flat = {**{k: v for k, v in values.items() if not isinstance(v, Mapping)}, **values.get("overrides", {})}
+    return ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in flat.items())
+
+
+def _preface(table: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs that stand before a table."""
+    also = f" Also {'; '.join(table['also'])}." if table["also"] else ""
+    size = " x ".join(map(str, table["input_size"]))
+    said = [f"{table['caption']} {table['dataset']}; counted for {size}. Source: {table['source']}.{also}"]
+    if table["ours"]:
+        name = " ".join([table["model"], *(f"{key}={value}" for key, value in table["overrides"].items())])
+        said.append(f"{name}: {table['ours']['params']:,} parameters, {table['ours']['macs']:,} MACs.")
+    said += [f"Misprint: {table['misprint'].strip()}"] if table["misprint"] else []
+    return said + ([table["note"].strip()] if table["note"] else [])
+
+
+def paper_table(table: Mapping[str, Any]) -> "Table":
+    """Return a table of the papers for the terminal, what is to be said of it below."""
+    from rich.table import Table
+    from rich.text import Text
+
+    sheet = paper_sheet(table)
+    notes = [*_preface(table), *(f"[{i}] {remark}" for i, remark in enumerate(sheet.remarks, 1))]
+    caption = Text("\n".join(notes))
+    grid = Table(title=Text(table["title"]), caption=caption, box=None, pad_edge=False, caption_justify="left")
+    for i, name in enumerate(sheet.head):
+        grid.add_column(Text(name), justify="left" if i < sheet.labels else "right", overflow="fold")
+    for line in sheet.lines:
+        grid.add_row(*map(Text, line))
+    return grid
+
+
+def paper_markdown(table: Mapping[str, Any]) -> str:
+    """Return a table of the papers as a section of Markdown."""
+    sheet = paper_sheet(table)
+    lines = [f"## {table['id']}", "", f"**{_escape(table['title'])}**", ""]
+    for paragraph in _preface(table):
+        lines += [_escape(paragraph), ""]
+    lines.append(f"| {' | '.join(map(_escape, sheet.head))} |")
+    lines.append("|" + "|".join([" --- "] * sheet.labels + [" ---: "] * (len(sheet.head) - sheet.labels)) + "|")
+    lines += [f"| {' | '.join(_escape(cell.replace('  ', '↳ ', 1)) for cell in line)} |" for line in sheet.lines]
+    lines += [f"\n\\[{i}\\] {_escape(remark)}" for i, remark in enumerate(sheet.remarks, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    for character in ("\\", "|", "*", "<", "[", "]", "_"):
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def paper_csv(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Return tables of the papers as CSV with one line per row, and one for each other reading of a row."""
+    lines = []
+    for table in tables:
+        for row in table["rows"]:
+            readings = row.get("readings", [])
+            lines.append(_flat({"table": table["id"], **{k: v for k, v in row.items() if k != "readings"}}))
+            for reading in readings:
+                counts = {key: value for key, value in reading.items() if key not in ("reading", "deviation")}
+                again = {"table": table["id"], "row": row["row"], "reading": reading["reading"], "ours": counts}
+                lines.append(_flat({**again, "deviation": reading["deviation"], "source": row["source"]}))
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"ours": {"params": 1}}`` as ``{"ours_params": 1}``; settings and lists stay whole, as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping) and key not in ("overrides", "should_be"):
+            flat |= {f"{key}_{inner}": item for inner, item in _flat(value).items()}
+        else:
+            flat[key] = json.dumps(value) if isinstance(value, Mapping | list) and value else value or None
+    return flat
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:
+    """Draw a figure of the papers: printed points, the papers' own networks bold, and our records as stars.
+
+    Args:
+        panels: What :func:`mgic.tables.build_figure` gathered.
+        path: PNG file.
+        title: Above the plots.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5.5), layout="constrained", squeeze=False)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        markers = "osD^v<>PXdhp"
+        for i, (name, points) in enumerate(panel.printed.items()):
+            own = name.startswith("MG")
+            style = {"linewidth": 2.5, "markersize": 8, "zorder": 3} if own else {"linewidth": 1, "alpha": 0.7}
+            color = plt.get_cmap("tab20")(i % 20)
+            ax.plot(*zip(*points, strict=True), marker=markers[i % len(markers)], color=color, label=name, **style)
+        for name, points in panel.measured.items():
+            ax.plot(*zip(*points, strict=True), "*", color="k", markersize=14, label=f"{name}, our record", zorder=4)
+        ax.set_xscale("log" if panel.logx else "linear")
+        ax.set_yscale("log" if panel.logy else "linear")
+        ax.set_xlabel(panel.xlabel)
+        ax.set_ylabel(panel.ylabel)
+        ax.set_title(panel.title)
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize="small", loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_curves(curves: Mapping[str, Sequence[History]], path: Path, title: str) -> None:
     """Draw test accuracy and training loss by epoch: the mean of each network's runs, and their range.
 
@@ -79,6 +328,39 @@ def plot_curves(curves: Mapping[str, Sequence[History]], path: Path, title: str)
     axes[0].set_ylim(max(0.0, min(last) - 10), 100.5)
     axes[0].legend(loc="lower right")
     axes[1].set_yscale("log")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_scaling(rows: "Sequence[ScalingRow]", path: Path, title: str) -> None:
+    """Draw parameters and multiply-adds over the width, beside the dense twin's, on logarithmic axes.
+
+    Args:
+        rows: What :func:`mgic.scaling.scaling` counted.
+        path: PNG file.
+        title: Above the plots.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    widths = [row.width for row in rows]
+    for ax, ours, dense, label in (
+        (axes[0], [row.params for row in rows], [row.dense_params for row in rows], "parameters"),
+        (axes[1], [row.macs for row in rows], [row.dense_macs for row in rows], "multiply-adds"),
+    ):
+        ax.loglog(widths, dense, "s-", label="dense twin")
+        ax.loglog(widths, ours, "o-", label="multigrid in channels")
+        ax.loglog(widths, [ours[0] * w / widths[0] for w in widths], "k:", linewidth=1, label="linear")
+        ax.set_xticks(widths, [f"{w:g}" for w in widths], minor=False)
+        ax.minorticks_off()
+        ax.set_xlabel("width multiplier")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -18,6 +18,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"blocks"},
     {"cycle", "smoothing", "counting"},
     {"models", "data"},
+    {"scaling", "tables"},
     {"training", "reporting"},
     {"cli", "__main__", "__init__"},
 ]

@@ -196,4 +196,6 @@ def build(
     if unknown := sorted(set(given) - timm_keys - set(known)):
         raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     feature_cfg = {"feature_cls": "getter", "out_indices": None}
-    return build_model_with_cfg(make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
+    model: Any = build_model_with_cfg(make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
+    model.arguments = tuple(known)  # what create_model takes for this network
+    return model  # type: ignore[no-any-return]
