@@ -321,6 +321,7 @@ def plot_curves(curves: Mapping[str, Sequence[History]], path: Path, title: str)
             (line,) = ax.plot(epochs, [fmean(column) for column in columns], label=name)
             low, high = [min(c) for c in columns], [max(c) for c in columns]
             ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
