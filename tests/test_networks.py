@@ -306,11 +306,12 @@ def test_squeeze_and_excitation_comes_before_the_activation():
 
 def test_the_transition_of_2020_keeps_the_old_channels_and_adds_depthwise_ones():
     transition = DoublingTransition(4).eval()
+    scale = nn.init.uniform_(transition.norm.weight, 1.5, 2.5) / (1 + transition.norm.eps) ** 0.5
     x = torch.randn(2, 4, 6, 6)
     averaged = x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-2, -1))
     torch.testing.assert_close(transition(x)[:, :4], averaged)
     jacobian = torch.autograd.functional.jacobian(lambda v: transition(v)[0, :, 1, 1], x[:1]).sum(dim=(1, 3, 4))
-    torch.testing.assert_close(jacobian[4:], torch.diag(transition.conv.weight.sum(dim=(1, 2, 3)) / (1 + 1e-5) ** 0.5))
+    torch.testing.assert_close(jacobian[4:], torch.diag(scale * transition.conv.weight.sum(dim=(1, 2, 3))))
 
 
 def test_the_additive_cycle_has_the_same_weights_and_another_result():
