@@ -275,23 +275,22 @@ def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(9 * len(panels), 5), layout="constrained", squeeze=False)
+    colors, markers = plt.get_cmap("tab10"), "osD^v<>PXdh"
     for ax, panel in zip(axes[0], panels, strict=True):
-        markers = "osD^v<>PXdhp"
         for i, (name, points) in enumerate(panel.printed.items()):
-            own = name.startswith("MG")
-            style = {"linewidth": 2.5, "markersize": 8, "zorder": 3} if own else {"linewidth": 1, "alpha": 0.7}
-            color = plt.get_cmap("tab20")(i % 20)
-            ax.plot(*zip(*points, strict=True), marker=markers[i % len(markers)], color=color, label=name, **style)
-        for name, points in panel.measured.items():
-            ax.plot(*zip(*points, strict=True), "*", color="k", markersize=14, label=f"{name}, our record", zorder=4)
+            bold = {"linewidth": 3, "markersize": 9, "zorder": 3} if name.startswith("MG") else {"linewidth": 1}
+            ax.plot(*zip(*points, strict=True), marker=markers[i % 11], color=colors(i % 10), label=name, **bold)
+        for i, (name, points) in enumerate(panel.measured.items()):
+            style = {"color": colors(i % 10), "markeredgecolor": "k", "markersize": 16, "zorder": 4}
+            ax.plot(*zip(*points, strict=True), "*", label=f"{name}: our record", **style)
         ax.set_xscale("log" if panel.logx else "linear")
         ax.set_yscale("log" if panel.logy else "linear")
         ax.set_xlabel(panel.xlabel)
         ax.set_ylabel(panel.ylabel)
-        ax.set_title(panel.title)
+        ax.set_title(panel.title, fontsize="medium")
         ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize="small", loc="lower right")
+        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
