@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check unit docs clean
+.PHONY: help demo test check unit docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,4 +40,4 @@ docs: $(READY)
 test: check docs unit
 
 clean:
-	rm -rf $(VENV) site build runs *.egg-info
+	rm -rf $(VENV) site build *.egg-info

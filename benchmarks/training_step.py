@@ -69,7 +69,7 @@ def main() -> None:
     if args.record:
         command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
         data = f"random images {tuple(args.size)}, batch {args.batch}, {args.threads} thread(s), float32, channels last"
-        write_record(args.record, make_record(command, data, range(args.rounds), metrics, notes))
+        write_record(args.record, make_record(command, data, [0] * args.rounds, metrics, notes))
 
 
 if __name__ == "__main__":

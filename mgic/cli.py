@@ -4,6 +4,7 @@ A wrong call prints one line and exits with 2. Flags of configurations are deriv
 """
 
 import json
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError, RawDescriptionHelpFormatter
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from . import __version__
-from .errors import Stopped, UserError
-from .training.recipes import RECIPES, Recipe, suggest
+from .errors import Stopped, UserError, suggest
+from .training.recipes import RECIPES, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ Start with
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # into a file or a pipe: tables keep their lines whole
     return console
@@ -58,9 +59,6 @@ def _check_output(*paths: Path | None) -> None:
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keep the lines of descriptions as they are written."""
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
 
 
 def _add_models(parser: ArgumentParser) -> None:
@@ -86,9 +84,6 @@ def _run_models(args: Namespace) -> int:
     return 0
 
 
-# --- cost -----------------------------------------------------------------------------------------------------------
-
-
 def _add_cost(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="a name of 'mgic models', or any of timm's")
     parser.add_argument("--model_args", type=dict, default={}, help="arguments of the network: '{group_size: 4}'")
@@ -102,13 +97,17 @@ def _add_cost(parser: ArgumentParser) -> None:
 
 
 def _build(name: str, arguments: dict[str, Any]) -> "nn.Module":
-    """Build a network; a wrong value of an argument is the user's error."""
+    """Build a network; whatever a wrong value of an argument breaks inside, it is the user's error."""
     from .models import create_model
 
+    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
     try:
         return create_model(name, **arguments)
-    except TypeError as error:
-        raise UserError(f"{name} cannot be built with {arguments}: {error}") from error
+    except UserError:
+        raise
+    except broken as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} cannot be built with {arguments} ({reason})") from error
 
 
 def _run_cost(args: Namespace) -> int:
@@ -124,34 +123,35 @@ def _run_cost(args: Namespace) -> int:
         return _run_scaling(args, size)
     if args.plot is not None:
         raise UserError("--plot draws what --scaling fits: give both")
-    counted, held, parts = cost(model, size), memory(model, size), breakdown(model, size)
-    small = [part for part in parts if part.group_size and part.channels and part.group_size < min(8, part.channels)]
+    counted, held, parts = cost(model, size), memory(model, size, batch=2), breakdown(model, size)
+    notes = [
+        f"{part.name}, {part.channels} channels: groups of {part.group_size}; below 8 they use processors badly"
+        for part in parts
+        if part.group_size and part.channels and part.group_size < min(8, part.channels)
+    ]
     if args.json:
-        whole = {"params": counted.params, "macs": counted.macs, "inference": held.inference, "saved": held.saved}
-        rows = [vars(part) for part in parts]
-        groups = _layers(model)
         _print_json(
             {
                 "model": args.model,
                 "model_args": args.model_args,
                 "input_size": size,
-                **whole,
-                "parts": rows,
-                "layers": groups,
+                "params": counted.params,
+                "macs": counted.macs,
+                "bytes_of_one_input_in_a_batch_of_2": {name: value // 2 for name, value in vars(held).items()},
+                "parts": [vars(part) for part in parts],
+                "layers": _layers(model),
+                "notes": notes,
             }
         )
         return 0
     out = _console()
     out.print(f"{args.model}: {counted}")
-    out.print(
-        f"features of one input: at most {held.inference / 2**20:.2f} MiB alive at inference, "
-        f"{held.saved / 2**20:.2f} MiB kept in training"
-    )
+    inference, saved, training = (value / 2 / 2**20 for value in (held.inference, held.saved, held.training))
+    out.print(f"features of one input (of two): at most {inference:.2f} MiB alive at inference,")
+    out.print(f"{saved:.2f} MiB kept for the backward pass, at most {training:.2f} MiB alive in a training step")
     out.print(_parts_table(parts))
-    for part in small:
-        out.print(
-            f"note: {part.name}, {part.channels} channels: groups of {part.group_size}; below 8 they use processors badly"
-        )
+    for note in notes:
+        out.print(f"note: {note}")
     return 0
 
 
@@ -192,16 +192,18 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
     from .reporting import plot_scaling
     from .scaling import explain, fit_exponent, scaling
 
-    if len(args.widths) < 2 or min(args.widths) <= 0:
-        raise UserError(f"--widths must be two or more positive multipliers, got {args.widths}")
+    if len(set(args.widths)) < max(2, len(args.widths)) or not all(0 < width < float("inf") for width in args.widths):
+        raise UserError(f"--widths must be two or more different, positive multipliers, got {args.widths}")
     _check_output(args.plot)
     rows = scaling(args.model, args.model_args, args.widths, size)
     names = ("params", "macs", "dense_params", "dense_macs")
     exponents = {name: fit_exponent([(row.width, getattr(row, name)) for row in rows]) for name in names}
     if args.plot is not None:
         plot_scaling(rows, args.plot, f"{args.model} {args.model_args or ''}")
+    reason = explain(rows) if max(exponents["params"], exponents["macs"]) > 1.10 else None
     if args.json:
-        _print_json({"model": args.model, "rows": [vars(row) for row in rows], "exponents": exponents})
+        found = {"model": args.model, "rows": [vars(row) for row in rows], "exponents": exponents}
+        _print_json({**found, "why_above_1.10": reason})
         return 0
     table = Table(box=None, pad_edge=False)
     for name in ("width", "params", "MACs", "dense params", "dense MACs"):
@@ -211,12 +213,9 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
     table.add_row("exponent", *(f"{exponents[name]:.3f}" for name in names))
     out = _console()
     out.print(table)
-    if max(exponents["params"], exponents["macs"]) > 1.10:
-        out.print("above 1.10: " + explain(rows))
+    if reason:
+        out.print(f"above 1.10: {reason}")
     return 0
-
-
-# --- table and figure -----------------------------------------------------------------------------------------------
 
 
 def _add_results(parser: ArgumentParser) -> None:
@@ -285,9 +284,6 @@ def _run_figure(args: Namespace) -> int:
     return 0
 
 
-# --- train ----------------------------------------------------------------------------------------------------------
-
-
 def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the torchvision data sets")
     parser.add_argument("--download", action="store_true", help="fetch a missing data set")
@@ -297,7 +293,7 @@ def _add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--recipe", type=str, default=None, help=f"start from a recipe: {', '.join(RECIPES)}")
     parser.add_argument("--config", type=Path, default=None, help="YAML file with fields of the recipe")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the run; with --seeds one folder a seed in it"
+        "--out", type=Path, default=None, help="folder of the run; with --seeds one folder a seed in it"
     )
     parser.add_argument("--seeds", type=list[int], default=None, help="several runs: '[0, 1, 2]'")
     _add_data(parser)
@@ -324,7 +320,9 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
 
         checked = Recipe.from_yaml(text, source=args.config)
         values |= {key: checked.to_dict()[key] for key in yaml.safe_load(text)}
-    flags = {word.removeprefix("--").partition("=")[0].partition(".")[0] for word in given if word.startswith("--")}
+    flags = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
+    if any(flag.startswith("model_args.") for flag in flags):  # one argument of the network; the others stay
+        values["model_args"] = {**values["model_args"], **args.model_args}
     values |= {key: args[key] for key in values if key in flags}
     return Recipe.from_dict(values)
 
@@ -334,14 +332,14 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
     if args.print_config:
         print(recipe.to_yaml(), end="")  # noqa: T201
         return 0
+    if args.out is None:
+        raise UserError("--out is missing: the folder of the run")
+    seeds = _check_seeds([recipe.seed] if args.seeds is None else args.seeds)
     _check_output(args.json_summary, args.record)
     _set_threads(args.threads)
-    seeds = [recipe.seed] if args.seeds is None else args.seeds
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds must be different seeds, got {seeds}")
     data = _load_data(recipe, args)
     folders = [args.out if args.seeds is None else args.out / f"seed-{seed}" for seed in seeds]
-    runs = _train_seeds(recipe, data, seeds, folders, args)
+    runs = _train_seeds(recipe, data, seeds, folders, args, reuse=args.seeds is not None)
     _show_runs(runs)
     if args.json_summary is not None:
         from .training.checkpoint import write_json
@@ -363,6 +361,12 @@ def _load_data(recipe: Recipe, args: Namespace) -> "ImageData":
     return load_data(recipe.data, args.root, args.download, num_classes=classes).padded(recipe.pad_images)
 
 
+def _check_seeds(seeds: list[int]) -> list[int]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds must be different seeds, got {seeds}")
+    return seeds
+
+
 def _set_threads(threads: int) -> None:
     import torch
 
@@ -378,9 +382,9 @@ def _builder(recipe: Recipe, data: "ImageData") -> Callable[[], "nn.Module"]:
 
 
 def _train_seeds(
-    recipe: Recipe, data: "ImageData", seeds: Sequence[int], folders: Sequence[Path], args: Namespace
+    recipe: Recipe, data: "ImageData", seeds: Sequence[int], folders: Sequence[Path], args: Namespace, reuse: bool
 ) -> "list[RunSummary]":
-    """Train each seed in its folder. Of several, those that are finished are not trained again."""
+    """Train each seed in its folder; with ``reuse``, those that are finished are not trained again."""
     from dataclasses import replace
 
     from .training import RunSummary, train
@@ -389,7 +393,7 @@ def _train_seeds(
     runs = []
     for seed, folder in zip(seeds, folders, strict=True):
         one = replace(recipe, seed=seed)
-        done = finished_run(folder, one) if len(seeds) > 1 else None
+        done = finished_run(folder, one, data.fingerprint()) if reuse else None
         if done is not None:
             _console(stderr=True).print(f"{folder}: finished before, not trained again")
             runs.append(RunSummary(**done))
@@ -418,8 +422,10 @@ def _command(given: Sequence[str]) -> str:
         if flag in ("--root", "--out", "--record", "--json-summary"):
             skip = "=" not in word
             continue
-        words.append(f"'{word}'" if " " in word else word)
-    return " ".join([*words, "--out RUN"]) if "train" in words else " ".join(words)
+        if flag in ("--data", "--config") and "/" in word:
+            word = f"{flag}={Path(word.partition('=')[2]).name}"
+        words.append(word)
+    return shlex.join([*words, "--out=RUN"] if "train" in words else words)
 
 
 def _write_training_record(
@@ -427,13 +433,22 @@ def _write_training_record(
 ) -> None:
     from .training.records import make_record, training_metrics, write_record
 
+    notes = ["accuracies of the last epoch's weights, in percent; the test set picks no epoch"]
+    for run in runs[1:]:
+        changed = [key for key in ("commit", "machine", "versions") if run.origin[key] != runs[0].origin[key]]
+        if changed:
+            notes.append(
+                f"seed {run.seed} was finished with another {', '.join(changed)}: {[run.origin[k] for k in changed]}"
+            )
+    stated = recipe.to_dict() | {"data": Path(recipe.data).name}  # no folder of this machine
     record = make_record(
         command,
         data.note,
         [run.seed for run in runs],
         training_metrics(runs),
-        notes=["accuracies of the last epoch's weights, in percent; the test set picks no epoch"],
-        recipe=recipe.to_dict(),
+        notes=notes,
+        origin=runs[-1].origin,
+        recipe=stated,
         history=[run.history for run in runs],
     )
     write_record(path, record)
@@ -451,9 +466,6 @@ def _show_runs(runs: "list[RunSummary]") -> None:
     _console().print(table)
 
 
-# --- evaluate -------------------------------------------------------------------------------------------------------
-
-
 def _add_evaluate(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--data", type=str, default=None, help="another data set than the run's own")
@@ -466,12 +478,18 @@ def _run_evaluate(args: Namespace) -> int:
     from dataclasses import replace
 
     from .training import evaluate, load_run
+    from .training.checkpoint import read_json
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
     saved = load_run(args.run)
     recipe = replace(saved.recipe, data=args.data or saved.recipe.data)
     data = _load_data(recipe, args)
+    trained_on = read_json(args.run / "data.json")
+    if args.data is None and trained_on != data.fingerprint():
+        raise UserError(f"{args.run}: {recipe.data} is not the data it was trained on; name other data with --data")
+    if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
+        data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
     model = _builder(recipe, data)()
     try:
         model.load_state_dict(saved.state_dict)
@@ -485,9 +503,6 @@ def _run_evaluate(args: Namespace) -> int:
         text = f"{result['accuracy']:.2f} % of {result['images']:,} images, cross-entropy {result['loss']:.4f}"
         _console().print(f"{recipe.model} on {data.name} ({args.split}): {text}")
     return 0
-
-
-# --- demo -----------------------------------------------------------------------------------------------------------
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -512,9 +527,12 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
     from .reporting import compare_table, plot_curves
     from .training.checkpoint import write_json
 
-    recipes = [replace(RECIPES["digits"], model=model, epochs=args.epochs) for model in args.models]
+    _check_seeds(args.seeds)
+    if not args.models or len(set(args.models)) < len(args.models):
+        raise UserError(f"--models must be different networks, got {args.models}")
     for model in args.models:
         check_model(model)
+    recipes = [replace(RECIPES["digits"], model=model, epochs=args.epochs) for model in args.models]
     _check_output(args.json_summary, args.out / "record.json")
     _set_threads(args.threads)
     data = load_data("digits")
@@ -523,7 +541,7 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
     rows, curves = [], {}
     for recipe in recipes:
         folders = [args.out / recipe.model / f"seed-{seed}" for seed in args.seeds]
-        runs = _train_seeds(recipe, data, args.seeds, folders, args)
+        runs = _train_seeds(recipe, data, args.seeds, folders, args, reuse=True)
         counted = cost(_builder(recipe, data)(), data.input_size)
         rows.append(
             {
@@ -544,8 +562,6 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
         write_json(args.json_summary, {"data": data.note, "rows": rows})
     return 0
 
-
-# --- info -----------------------------------------------------------------------------------------------------------
 
 EXTRAS = {
     "train": ("lightning", "tensorboard", "torchmetrics"),
@@ -582,12 +598,10 @@ def _run_info(args: Namespace) -> int:
     out.print("instruction sets: " + (", ".join(facts["instruction_sets"]) or "unknown"))
     out.print(f"C++ compiler: {facts['compiler'] or 'none found'}")
     for name, there in facts["extras"].items():
-        state = "installed" if there else f"missing: pip install 'mgic\\[{name}]'"
+        state = "installed" if there else f"missing: pip install 'mgic[{name}]'"
         out.print(f"extra {name}: {state} ({', '.join(EXTRAS[name])})")
     return 0
 
-
-# --- the verbs ------------------------------------------------------------------------------------------------------
 
 VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]]] = {
     "models": ("list the networks", _add_models, lambda args, given: _run_models(args)),
@@ -601,13 +615,33 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
 }
 
 
+EXAMPLES = {
+    "models": "  mgic models 'mgic_*'",
+    "cost": """  mgic cost mgic_resnet56 --model_args '{group_size: 16}'
+  mgic cost mgic_resnet50 --scaling --model_args '{group_size: 8, coarsest: 16}' --plot scaling.png""",
+    "train": """  mgic train --recipe digits --model mgic_resnet20 --out runs/a      the same command continues a stopped run
+  mgic train --recipe fashion_mnist --root data --download --seeds '[0, 1, 2]' --out runs/b --record results/b.json
+  mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print-config > mine.yaml
+  mgic train --config mine.yaml --out runs/c
+
+Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
+--model_args.NAME one of them.""",
+    "evaluate": "  mgic evaluate runs/a --split train",
+    "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
+    "info": "  mgic info --json",
+}
+
+
 def _parser(verb: str | None) -> ArgumentParser:
     """Make the parser; the flags of a verb are built only when it is called."""
-    parser = ArgumentParser(prog="mgic", description=DESCRIPTION, exit_on_error=False, formatter_class=_Help)
+    parser = ArgumentParser(
+        prog="mgic", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False, formatter_class=_Help
+    )
     parser.add_argument("--version", action="version", version=f"mgic {__version__}", help="print the version")
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, (summary, add, _) in VERBS.items():
-        sub = ArgumentParser(exit_on_error=False, description=summary.capitalize())
+        teaching = f"{summary.capitalize()}.\n\n{EXAMPLES.get(name, '')}"
+        sub = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=teaching, formatter_class=_Help)
         if name == verb:
             add(sub)
         verbs.add_subcommand(name, sub, help=summary)

@@ -62,11 +62,8 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
     size = tuple(input_size)
     meta = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
-    try:
-        with counter, torch.no_grad():
-            meta(torch.empty(1, *size, device="meta"))
-    except RuntimeError as error:
-        raise UserError(f"{type(model).__name__} cannot take an input of size {size}: {error}") from error
+    with counter, torch.no_grad():
+        _call(meta, torch.empty(1, *size, device="meta"))
     return Cost(count_trainable(model), counter.get_total_flops() // 2, size)
 
 
@@ -99,7 +96,7 @@ class Part:
         macs: Multiply-adds of one input.
         activations: Bytes of all features the part makes for one input at inference.
         inference: Most bytes alive at once, in the whole network, while the part runs at inference.
-        saved: Bytes of features the part keeps for the backward pass.
+        saved: Bytes of features the part keeps for the backward pass, for one input of a batch of two.
     """
 
     name: str
@@ -161,6 +158,9 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
         input_size: Size of one input without the batch.
         batch: Inputs at once.
 
+    Raises:
+        UserError: If the network cannot take such a batch; a batch norm cannot train on one value a channel.
+
     Examples:
         >>> memory(nn.Conv2d(4, 8, 1), (4, 10, 10)).inference  # 4 and 8 maps of 100 floats of 4 bytes
         4800
@@ -172,18 +172,28 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
         x = torch.empty(batch, *input_size, device="meta")
         with torch.set_grad_enabled(train), _LiveBytes(meta) as tracker:
             tracker.add(x)
-            y = meta(x)
+            y = _call(meta, x)
             saved = tracker.live
-            if y.requires_grad:
-                loss = y.sum()
-                del y
-                loss.backward()
+            losses = [leaf.sum() for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            del y
+            if losses:
+                torch.autograd.backward(losses)
         meta.zero_grad()
         return tracker.peak, saved
 
     inference, _ = run(train=False)
     training, saved = run(train=True)
     return Memory(inference, saved, training)
+
+
+def _call(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(x)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{type(model).__name__} cannot take {x.shape[0]} input(s) of size {tuple(x.shape[1:])}: {reason}"
+        ) from error
 
 
 def breakdown(model: nn.Module, input_size: Sequence[int]) -> list[Part]:
@@ -217,14 +227,23 @@ def breakdown(model: nn.Module, input_size: Sequence[int]) -> list[Part]:
                 tally = tallies.setdefault((name, j, level), _Tally(name, j, level.channels, level.group_size))
                 tally.blocks += 1
                 for children in lists:
-                    if j < len(children):
-                        inside.setdefault(children[j], []).append(tally)
+                    for module in _called(children, j):
+                        inside.setdefault(module, []).append(tally)
+    twins = dict(zip(meta.modules(), model.modules(), strict=True))  # the copy does not share weights that are tied
     for module, owners in inside.items():
         for tally in owners:
-            tally.params |= {id(p): p.numel() for p in module.parameters() if p.requires_grad}
+            tally.params |= {id(p): p.numel() for p in twins[module].parameters() if p.requires_grad}
     _tally(meta.eval(), inside, input_size)
     _tally(meta.train(), inside, input_size)
     return [tally.part() for tally in tallies.values()]
+
+
+def _called(children: nn.ModuleList, j: int) -> list[nn.Module]:
+    """Return the modules of entry ``j`` that are called: lists are not, what stands in them is."""
+    if j >= len(children):
+        return []
+    entry = children[j]
+    return list(entry) if isinstance(entry, nn.ModuleList) else [entry]
 
 
 def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -264,7 +283,7 @@ def _tally(meta: nn.Module, inside: dict[nn.Module, list[_Tally]], input_size: S
     def account(module: nn.Module, sign: int) -> None:
         for tally in inside[module]:
             if train:
-                tally.saved += sign * tracker.live
+                tally.saved += sign * tracker.live // 2
             else:
                 tally.macs += sign * counter.get_total_flops() // 2
                 tally.activations += sign * tracker.made
@@ -281,9 +300,10 @@ def _tally(meta: nn.Module, inside: dict[nn.Module, list[_Tally]], input_size: S
             tracker.running.remove(tally)
 
     hooks = [h for m in inside for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    x = torch.empty(1, *input_size, device="meta")
+    # two inputs in training: batch norms cannot train on one value a channel
+    x = torch.empty(2 if train else 1, *input_size, device="meta")
     with torch.set_grad_enabled(train), counter, tracker:
         tracker.add(x)
-        meta(x)
+        _call(meta, x)
     for hook in hooks:
         hook.remove()

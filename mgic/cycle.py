@@ -99,8 +99,8 @@ class MGICBlock(nn.Module):
     ``2 s_g c (d^2 + 1) + s_c^2 d^2`` weights per convolution (Eliasof et al. 2023, Algorithm 1 and eq. (3.5)). If the block
     has an identity mapping, so has its multigrid version.
 
-    Inference holds one level's features more than the wrapped block; training about twice its memory (Sec. 3.4), which
-    :meth:`set_grad_checkpointing` trades for time.
+    Inference holds one level's features more than the wrapped block; training two to three times its memory (Sec. 3.4
+    says about twice), which :meth:`set_grad_checkpointing` trades for time.
 
     Args:
         block: ``block(channels, groups)``, or ``block(channels, groups, hidden)`` where ``hidden`` is given, makes the

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mgic.errors import UserError
+from .errors import UserError, suggest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,6 +84,14 @@ class Split(Protocol):
         """The same images where the network is."""
         ...
 
+    def digest(self) -> str:
+        """A hash that tells these images (or their files) and labels from others."""
+        ...
+
+    def check(self, augmentation: Augmentation) -> None:
+        """Refuse an augmentation these images cannot have, before training begins."""
+        ...
+
     def training_batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,6 +122,15 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The same images on ``device``."""
         return Images(self.images.to(device), self.labels.to(device))
+
+    def digest(self) -> str:
+        """A hash of every pixel and label."""
+        both = hashlib.sha256(self.images.cpu().numpy().tobytes())
+        both.update(self.labels.cpu().numpy().tobytes())
+        return both.hexdigest()
+
+    def check(self, augmentation: Augmentation) -> None:
+        """Images in memory take every augmentation."""
 
     def training_batches(
         self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
@@ -155,15 +172,24 @@ class ImageFiles:
         """The same files, with batches sent to ``device``."""
         return ImageFiles(self.samples, self.size, device)
 
-    def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Random resized crops and flips by torchvision."""
+    def digest(self) -> str:
+        """A hash of the file names with their folders, sizes and labels; the pixels are not read."""
+        listed = [(path.parent.name, path.name, path.stat().st_size, label) for path, label in self.samples]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+    def check(self, augmentation: Augmentation) -> None:
+        """Padded crops are for images in memory."""
         if augmentation.crop_padding:
             raise UserError(
                 f"crop_padding={augmentation.crop_padding} is for data sets in memory: image folders are trained "
                 "on random resized crops; set crop_padding to 0"
             )
+
+    def training_batches(
+        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random resized crops and flips by torchvision."""
+        self.check(augmentation)
         from torchvision.transforms import v2
 
         flip = v2.RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
@@ -278,6 +304,7 @@ class ImageData:
             "train": len(self.train),
             "test": len(self.test),
             "num_classes": self.num_classes,
+            "digest": hashlib.sha256(f"{self.train.digest()} {self.test.digest()}".encode()).hexdigest(),
             "input_size": list(self.input_size),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -316,11 +343,8 @@ def load_data(
         return _folder(path, image_size)
     if len(path.parts) > 1:
         raise UserError(f"data {name!r}: no such folder; an image folder has train/CLASS/*.jpg and val or test")
-    import difflib
-
-    near = difflib.get_close_matches(name, _NAMED, n=2)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_NAMED)}"
-    raise UserError(f"unknown data {name!r}: {hint} A path of an .npz file or of an image folder works too.")
+    hint = suggest(name, _NAMED)
+    raise UserError(f"unknown data {name!r}{hint} The path of an .npz file or of an image folder works too.")
 
 
 def _digits(root: Path, download: bool) -> ImageData:
@@ -364,12 +388,15 @@ def _fashion_mnist(root: Path, download: bool) -> ImageData:
 def _cifar(name: str, classes: int) -> Callable[[Path, bool], ImageData]:
     def load(root: Path, download: bool) -> ImageData:
         from torchvision import datasets
+        from torchvision.datasets.utils import check_integrity
 
         source = getattr(datasets, name)
         folder, archive = root / source.base_folder, root / source.filename
         if not (download or folder.is_dir() or archive.is_file()):
             raise _missing(name.lower(), root, [f"{source.base_folder}/"])
         unpack = download or (archive.is_file() and not folder.is_dir())
+        if unpack and not download and not check_integrity(str(archive), source.tgz_md5):
+            raise UserError(f"{archive} is damaged (wrong md5): remove it, or give --download to fetch it again")
         train, test = (_fetch(source, root, part, download=unpack) for part in (True, False))
         note = f"{name}, official split: {len(train.data):,} train and {len(test.data):,} test images"
         arrays = (train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))

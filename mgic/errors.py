@@ -1,5 +1,8 @@
 """The errors a user can cause. The command line prints them as one line and exits with status 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: the message names the offending value and says what would work."""
@@ -13,3 +16,15 @@ class Stopped(Exception):  # noqa: N818  (nobody did anything wrong)
     """Work that ended early for a reason its user must know; ``exit_code`` is the command's exit status."""
 
     exit_code = 1
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known names, else all of them.
+
+    Examples:
+        >>> suggest("epoch", ["epochs", "lr"])
+        '; did you mean epochs?'
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"

@@ -49,8 +49,9 @@ def _check_positive(**values: int) -> None:
 def _fit_groups(channels: int, hidden: int, group_size: int, min_groups: int) -> int:
     """Groups for two widths: the rule of Sec. 4.3 of the paper, made buildable.
 
-    The group size is the largest divisor of both widths not above ``group_size``; where the number of groups this gives
-    does not divide both widths (or is below ``min_groups``), it is raised to their next common divisor, if there is one.
+    The group size is the largest divisor of both widths not above ``group_size``. Where the number of groups this gives does
+    not divide both widths (or is below ``min_groups``), it is raised to their next common divisor; where there is none, it
+    is their greatest common divisor, and the groups are larger than asked for.
     """
     common = math.gcd(channels, hidden)
     size = max(s for s in range(1, min(group_size, common) + 1) if common % s == 0)
@@ -61,8 +62,9 @@ def _fit_groups(channels: int, hidden: int, group_size: int, min_groups: int) ->
 def fit_group_size(channels: int, group_size: int, hidden: int | None = None, min_groups: int = 2) -> int:
     """Return the effective group size that ``group_size`` becomes for a block of these widths.
 
-    Sec. 4.3 of Eliasof et al. 2023: where a width is not divisible by ``s_g``, the closest smaller size that divides is
-    taken. It is counted on the narrower of the two widths.
+    Sec. 4.3 of Eliasof et al. 2023: where a width is not divisible by ``s_g``, the closest smaller size that divides both
+    widths is taken. It is counted on the narrower of the two. It exceeds ``group_size`` only where the number of groups
+    it gives does not divide the other width, and no larger number does.
 
     Args:
         channels: Outer width of the block.
@@ -76,7 +78,7 @@ def fit_group_size(channels: int, group_size: int, hidden: int | None = None, mi
     Examples:
         >>> fit_group_size(64, 32), fit_group_size(40, 64), fit_group_size(40, 64, hidden=120, min_groups=1)
         (32, 20, 40)
-        >>> fit_group_size(80, 64, hidden=184)  # gcd 8: groups of 10 would not divide 184, so 8 groups of 10 channels
+        >>> fit_group_size(80, 64, hidden=184)  # 10 groups would not divide 184: 8 groups of 10
         10
     """
     inner = channels if hidden is None else hidden
@@ -133,14 +135,15 @@ def plan_levels(
     _check_positive(channels=channels, group_size=group_size, coarsest=coarsest, hidden=inner, min_groups=min_groups)
     if transfer_group_size is not None and (transfer_group_size < 2 or transfer_group_size % 2):
         raise ChannelConfigError(f"transfer_group_size must be even (pairs are averaged), got {transfer_group_size}")
-    if min(extra, minimum, maximum or 0) < 0:
-        raise ChannelConfigError(f"extra={extra}, minimum={minimum} and maximum={maximum} must not be negative")
+    for name, value in (("extra", extra), ("minimum", minimum), ("maximum", 0 if maximum is None else maximum)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ChannelConfigError(f"{name} must be an integer, at least 0, got {value!r}")
 
     coarsenings = max(rounding(math.log2(min(channels, inner) / coarsest)) + extra, minimum, 0)
     if maximum is not None:
         coarsenings = min(coarsenings, maximum)
     levels = []
-    while coarsenings and channels % 2 == 0 and inner % 2 == 0:
+    while coarsenings > 0 and channels % 2 == 0 and inner % 2 == 0:
         groups = _fit_groups(channels, inner, group_size, min_groups)
         wanted = groups if transfer_group_size is None else max(channels // transfer_group_size, 1)
         levels.append(Level(channels, groups, inner, math.gcd(wanted, channels // 2)))

@@ -54,8 +54,6 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     return table
 
 
-# --- the papers' tables ---------------------------------------------------------------------------------------------
-
 _MEASURES = {
     **{"top1": "top-1", "top5": "top-5", "top1_std": "std", "train_top1": "train", "miou": "mIoU", "mse": "MSE"},
     **{"mobile_time": "phone", "cpu_time": "PC", "train_time": "training step"},
@@ -257,9 +255,6 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = json.dumps(value) if isinstance(value, Mapping | list) and value else value or None
     return flat
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
 
 
 def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:

@@ -30,7 +30,7 @@ def dense_twin(name: str, overrides: Mapping[str, Any]) -> nn.Module:
         UserError: If the network has no hierarchy.
     """
     known = _arguments(name, overrides)
-    for argument, value in (("scheme", NO_HIERARCHY), ("multigrid", False), ("coarsest", 1 << 30)):
+    for argument, value in (("multigrid", False), ("scheme", NO_HIERARCHY), ("coarsest", 1 << 30)):
         if argument in known:
             return create_model(name, **{**overrides, argument: value})
     raise UserError(

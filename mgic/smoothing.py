@@ -1,7 +1,7 @@
 """Smoothing ``A(u) = f``: the MgNet step, smoothing in channels, and the way to the next resolution.
 
 ``f`` holds data, ``u`` features; ``A`` maps features to data and ``B`` extracts features from a residual. The equations are
-those of van Betteray et al. 2023 (MGiaD), which builds on MgNet (He and Xu 2019).
+those of van Betteray et al. 2022 (MGiaD), which builds on MgNet (He and Xu 2019).
 """
 
 import math
@@ -26,7 +26,7 @@ Smoother = Callable[[nn.Module, int, int], nn.Module]
 class SmoothingStep(nn.Module):
     """Take one step towards ``A(u) = f``: ``S(f, u; A, B) = u + relu(N_b B r)`` with ``r = relu(N_a (f - A u))``.
 
-    Eq. (3) of van Betteray et al. 2023 with norms and activations in place. The step owns its two norms and nothing else:
+    Eq. (3) of van Betteray et al. 2022 with norms and activations in place. The step owns its two norms and nothing else:
     ``A`` and ``B`` are arguments, so steps that share them share one module, which is saved, averaged and counted once.
 
     Args:
@@ -78,7 +78,7 @@ def _groups(channels: int, group_size: int | None, name: str) -> int:
 
 
 class Smoothing(nn.Module):
-    """Take ``steps`` smoothing steps on one resolution: lines 3 and 4 of Algorithm 1 of van Betteray et al. 2023 (MgNet).
+    """Take ``steps`` smoothing steps on one resolution: lines 3 and 4 of Algorithm 1 of van Betteray et al. 2022 (MgNet).
 
     Without sharing each step has its own ``A_i`` and ``B_i``, as the two convolutions of a residual block. Sharing both
     makes the iteration stationary: ``2 (9 c^2)`` weights and ``4 c`` of norms per step, however many steps.
@@ -158,7 +158,7 @@ class Smoothing(nn.Module):
 
 
 class SmoothingInChannels(nn.Module):
-    """Smooth by a V-cycle over channel grids: ``SiC(f, u)``, Algorithm 2 of van Betteray et al. 2023.
+    """Smooth by a V-cycle over channel grids: ``SiC(f, u)``, Algorithm 2 of van Betteray et al. 2022.
 
     Each grid has one grouped ``A_k`` and one grouped ``B_k``, shared by all its steps, residuals and right-hand sides; those
     of the coarsest grid are dense, so that every channel of ``f`` reaches every channel of ``u``. The grids halve while at
@@ -274,7 +274,7 @@ def _pooling(in_channels: int, out_channels: int) -> nn.Conv2d:
 class FullApproximation(nn.Module):
     """Go to the next resolution with data and features: ``u' = Pi u``, ``f' = R (f - A u) + A' u'``.
 
-    The full approximation scheme, eqs. (6) and (7) of van Betteray et al. 2023: the features found so far are the first
+    The full approximation scheme, eqs. (6) and (7) of van Betteray et al. 2022: the features found so far are the first
     guess there. ``R`` and ``Pi`` are depthwise 3x3 convolutions of stride 2, ``9 out_channels`` weights each.
 
     Args:
@@ -308,7 +308,7 @@ class FullApproximation(nn.Module):
 class ResidualOnly(nn.Module):
     """Go to the next resolution with the residual only: ``u' = 0``, ``f' = R (f - A u)``.
 
-    Lines 5 and 6 of Algorithm 1 of van Betteray et al. 2023. The first ``A`` there meets ``u = 0``, so where the steps do not
+    Lines 5 and 6 of Algorithm 1 of van Betteray et al. 2022. The first ``A`` there meets ``u = 0``, so where the steps do not
     share it, it is idle.
 
     Args:

@@ -63,6 +63,54 @@ def test_a_run_trains_is_summed_up_recorded_and_evaluated(call, tiny, tmp_path):
     assert json.loads(out)["accuracy"] == pytest.approx(runs[1]["test_accuracy"])
 
 
+def test_one_argument_of_the_network_leaves_the_others(call):
+    """The recipe has coarsest=16; a dotted flag adds to it, a whole one replaces it."""
+    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print-config"]
+    dotted = yaml.safe_load(call(*words, "--model_args.group_size=4")[1])
+    whole = yaml.safe_load(call(*words, "--model_args={group_size: 4}")[1])
+    assert dotted["model_args"] == {"coarsest": 16, "group_size": 4}
+    assert whole["model_args"] == {"group_size": 4}
+
+
+def test_finished_seeds_on_other_data_are_refused(call, tiny, tmp_path):
+    """The same file name with other pixels: old accuracies must not enter a new record."""
+    data = tmp_path / "d.npz"
+    data.write_bytes(tiny.read_bytes())
+    words = small(data, tmp_path / "runs", seeds="[0,1]", epochs=1)
+    assert call("train", *words)[0] == 0
+    with np.load(tiny) as arrays:
+        np.savez(data, **{**arrays, "y_train": 1 - arrays["y_train"]})
+    status, _, err = call("train", *words)
+    assert status == 2
+    assert "used other data (digest" in err
+
+
+def test_evaluation_feeds_other_data_as_the_network_was_trained(call, tiny, run_folder, tmp_path):
+    """Brighter test images are brighter for the network too: the run's own mean and deviation normalise them."""
+    other = tmp_path / "other.npz"
+    with np.load(tiny) as arrays:
+        np.savez(other, **{**arrays, "x_train": arrays["x_train"] // 2})  # only what the statistics come from
+    losses = []
+    for words in ([], [f"--data={other}"]):
+        status, out, _ = call("evaluate", run_folder, "--json", *words)
+        assert status == 0
+        losses.append(json.loads(out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_damaged_files_of_a_run_are_named(call, tiny, tmp_path):
+    words = small(tiny, tmp_path / "runs", seeds="[0,1]", epochs=1)
+    assert call("train", *words)[0] == 0
+    for name in ("status.json", "summary.json", "data.json"):
+        file = tmp_path / "runs" / "seed-0" / name
+        before = file.read_text()
+        file.write_text(before[: len(before) // 2])
+        status, _, err = call("train", *words)
+        assert status == 2
+        assert f"{name}: damaged" in err
+        file.write_text(before)
+
+
 def test_several_seeds_are_not_trained_again(call, tiny, tmp_path):
     words = small(tiny, tmp_path / "runs", seeds="[0,1]")
     assert call("train", *words)[0] == 0
@@ -86,7 +134,19 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "no verb": ([], "verb"),
         "unknown verb": (["trian"], "did you mean train?"),
         "unknown flag": (["train", *small(tiny, new), "--colour=red"], "colour"),
-        "no out": (["train", "--recipe", "digits"], "out"),
+        "no out": (["train", "--recipe", "digits"], "--out is missing"),
+        "an abbreviated flag": (["train", "--epoch=3", "--print-config"], "epoch"),
+        "a value that breaks the network": (
+            ["cost", "mgic_resnet20", "--model_args={drop_rate: 2}"],
+            "cannot be built",
+        ),
+        "classes below none": (["cost", "mgic_resnet20", "--model_args={num_classes: -1}"], "at least 0, got -1"),
+        "an unknown pooling": (["cost", "mgic_resnet20", "--model_args={global_pool: foo}"], "cannot be built"),
+        "text for a scheme": (["cost", "mgic_resnet20", "--model_args={scheme: foo}"], "cannot be built"),
+        "an unknown accelerator": (["train", *small(tiny, new, accelerator="foo")], "auto, cpu or cuda, got 'foo'"),
+        "equal widths": (["cost", "mgic_resnet20", "--scaling", "--widths=[2, 2]"], "different, positive"),
+        "a demo of nothing": (["demo", f"--out={new}", "--models=[]"], "--models must be different networks"),
+        "a demo of one seed twice": (["demo", f"--out={new}", "--seeds=[0, 0]"], "--seeds must be different seeds"),
         "unknown model": (["train", *small(tiny, new, model="mgic_resnet21")], "did you mean mgic_resnet"),
         "unknown model, cost": (["cost", "mgic_resnet21"], "did you mean mgic_resnet"),
         "unknown argument": (["train", *small(tiny, new, model_args="{groupsize: 4}")], "has no argument 'groupsize'"),
@@ -101,12 +161,15 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "unknown data set": (["train", "--data=cifar11", f"--out={new}"], "did you mean cifar10"),
         "missing npz": (["train", "--data=nothing.npz", f"--out={new}"], "nothing.npz"),
         "unknown recipe": (["train", "--recipe=digit", f"--out={new}"], "did you mean digits?"),
-        "unknown config key": (["train", f"--config={bad}", f"--out={new}"], "did you mean epochs?"),
+        "unknown config key": (["train", f"--config={bad}", f"--out={new}"], "did you mean epochs"),
         "missing config": (["train", "--config=nothing.yaml", f"--out={new}"], "nothing.yaml"),
         "bad value": (["train", *small(tiny, new, epochs=0)], "epochs must be an integer, at least 1, got 0"),
         "bad type": (["train", *small(tiny, new, epochs="x")], "epochs"),
         "too large a batch": (["train", *small(tiny, new, batch_size=64)], "batch_size=64 is larger than the 32"),
-        "no model for the input": (["cost", "mgic_resnet20", "--input_size=[5, 8, 8]"], "cannot take an input"),
+        "no model for the input": (
+            ["cost", "mgic_resnet20", "--input_size=[5, 8, 8]"],
+            "cannot take 1 input(s) of size (5, 8, 8)",
+        ),
         "pretrained": (["cost", "mgic_resnet20", "--model_args={pretrained: true}"], "no pretrained weights exist"),
         "finished run": (["train", *small(tiny, run_folder)], "holds a finished run"),
         "another configuration": (["train", *small(tiny, run_folder, lr=0.5)], "lr is 0.1 there, 0.5 asked"),
@@ -167,8 +230,12 @@ def test_cost_prints_what_the_library_counts(call):
     model = mgic.create_model("mgic_resnet56", group_size=16)
     expected = mgic.cost(model, (3, 32, 32))
     assert (counted["params"], counted["macs"]) == (expected.params, expected.macs)
-    assert counted["inference_bytes"] == mgic.memory(model, (3, 32, 32)).inference
-    assert len(counted["blocks"]) == 27
+    held = mgic.memory(model, (3, 32, 32), batch=2)
+    assert counted["bytes_of_one_input_in_a_batch_of_2"] == {k: v // 2 for k, v in vars(held).items()}
+    assert sum(part["params"] for part in counted["parts"] if part["level"] is None) == expected.params
+    assert {"name": "stages.2.1.relax.0.conv1", "inputs": 64, "outputs": 64, "group_size": 16} in counted["layers"]
+    assert counted["notes"] == []
+    assert "groups of 4; below 8" in call("cost", "mgic_resnet20", "--model_args={group_size: 4}")[1]
     assert "301,690 parameters" in call("cost", "mgic_resnet56")[1]
 
 

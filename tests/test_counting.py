@@ -76,7 +76,7 @@ def test_shared_and_frozen_parameters():
 
 
 def test_an_impossible_input_is_refused():
-    with pytest.raises(UserError, match=r"Conv2d cannot take an input of size \(4, 8, 8\)"):
+    with pytest.raises(UserError, match=r"Conv2d cannot take 1 input\(s\) of size \(4, 8, 8\)"):
         cost(nn.Conv2d(3, 8, 3), (4, 8, 8))
 
 

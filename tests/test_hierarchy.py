@@ -17,6 +17,7 @@ from mgic.hierarchy import (
     count_params,
     describe_levels,
 )
+from mgic.scaling import fit_exponent
 
 
 @pytest.mark.parametrize(
@@ -102,8 +103,10 @@ def test_bad_widths_are_refused_by_name(arguments, words):
 def test_bad_options_are_refused_by_name():
     with pytest.raises(ChannelConfigError, match=r"transfer_group_size must be even .* got 3"):
         plan_levels(64, 8, 16, transfer_group_size=3)
-    with pytest.raises(ChannelConfigError, match="minimum=-1"):
+    with pytest.raises(ChannelConfigError, match="minimum must be an integer, at least 0, got -1"):
         plan_levels(64, 8, 16, minimum=-1)
+    with pytest.raises(ChannelConfigError, match=r"extra must be an integer, at least 0, got 0\.5"):
+        plan_levels(64, 8, 16, extra=0.5)
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 8, 16, 32])
@@ -134,13 +137,6 @@ def test_formula_3_5_is_exact_for_powers_of_two():
             assert count_macs(levels, 1, CONVOLUTION) == printed
 
 
-def exponent(counts):
-    """Slope of log count against log width, over a list of (width, count)."""
-    xs, ys = ([math.log(v) for v in column] for column in zip(*counts, strict=True))
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
-
-
 @pytest.mark.parametrize("convs", [BASIC, BOTTLENECK, CONVOLUTION])
 @pytest.mark.parametrize(("group_size", "coarsest"), [(4, 8), (8, 16), (16, 16), (32, 32)])
 def test_cost_is_linear_in_the_width_and_that_of_the_dense_twin_quadratic(convs, group_size, coarsest):
@@ -150,7 +146,7 @@ def test_cost_is_linear_in_the_width_and_that_of_the_dense_twin_quadratic(convs,
 
     def fitted(count, **rule):
         plans = {c: plan_levels(outer * c, group_size, coarsest, c, **rule) for c in widths}
-        return exponent([(c, count(plans[c])) for c in widths])
+        return fit_exponent([(c, count(plans[c])) for c in widths])
 
     for count in (lambda levels: count_params(levels, convs), lambda levels: count_macs(levels, 49, convs)):
         assert fitted(count) <= 1.10

@@ -29,9 +29,10 @@ def test_networks_grow_linearly_over_widths_1_to_8_and_their_dense_twins_quadrat
         assert fit_exponent([(row.width, getattr(row, f"dense_{count}")) for row in rows]) >= 1.9
 
 
-@pytest.mark.parametrize("name", ["mgic_resnet20", "mgic_mobilenetv3_100", "mgiad20", "mg_resnet_cifar"])
+@pytest.mark.parametrize("name", [name for name in mgic.list_models("mg*") if not name.startswith("mgnet")])
 def test_a_dense_twin_has_no_level_but_one(name):
-    twin = dense_twin(name, {})
+    with torch.device("meta"):
+        twin = dense_twin(name, {})
     levels = [m.levels for m in twin.modules() if isinstance(getattr(m, "levels", None), list)]
     assert all(len(plan) == 1 and plan[0].groups == 1 for plan in levels)
 
@@ -66,7 +67,10 @@ def test_the_command_fits_draws_and_refuses(tmp_path, capsys):
     for words, said in (
         (["cost", "resnet50", "--scaling"], "no argument 'width'"),
         (["cost", "mgnet20", "--scaling"], "no channel hierarchy"),
-        (["cost", "mgic_resnet20", "--scaling", "--widths=[1]"], "two or more positive multipliers, got [1"),
+        (
+            ["cost", "mgic_resnet20", "--scaling", "--widths=[1]"],
+            "two or more different, positive multipliers, got [1.0]",
+        ),
         (["cost", "mgic_resnet20", f"--plot={plot}"], "give both"),
     ):
         assert main(words) == 2
@@ -105,3 +109,18 @@ def test_a_network_of_billions_of_weights_is_counted_without_memory():
     with torch.device("meta"):
         model = mgic.create_model("mgic_resnet50", width=32)
     assert mgic.cost(model, (3, 64, 64)).params > 3e8
+
+
+def test_tied_weights_weigh_once_and_memory_takes_any_output():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.b.weight = self.a.weight
+            self.both = nn.Sequential(self.a, self.b)
+
+        def forward(self, x):
+            return {"out": self.both(x), "aux": [x]}
+
+    assert mgic.memory(Tied(), (8,)).training > 0
+    assert next(part.params for part in breakdown(Tied(), (8,)) if part.name == "both") == 64

@@ -1,13 +1,12 @@
 """Every network by name. Importing this package registers the classification networks with timm."""
 
-import difflib
 import fnmatch
 from typing import Any
 
 import timm
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, suggest
 from . import mg2020, mgnet, mobilenetv3, resnet
 
 _MODULES = (mg2020, mgnet, mobilenetv3, resnet)
@@ -32,10 +31,8 @@ def describe_model(name: str) -> str:
 def check_model(name: str) -> None:
     """Refuse a name that neither this library nor timm knows, naming the nearest ones."""
     if not timm.is_model(name):
-        known = sorted({*list_models(), *timm.list_models()})
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "mgic models lists all"
-        raise UserError(f"there is no model {name!r}; {hint}")
+        near = suggest(name, {*list_models(), *timm.list_models()})
+        raise UserError(f"there is no model {name!r}{near if 'did you mean' in near else '; mgic models lists all'}")
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -195,7 +195,13 @@ def build(
     known = inspect.signature(make).parameters
     if unknown := sorted(set(given) - timm_keys - set(known)):
         raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    for argument, least in (("num_classes", 0), ("in_chans", 1)):
+        value = given.get(argument, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}: {argument} must be an integer, at least {least}, got {value!r}")
     feature_cfg = {"feature_cls": "getter", "out_indices": None}
-    model: Any = build_model_with_cfg(make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
+    model: Any = build_model_with_cfg(
+        make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given}
+    )
     model.arguments = tuple(known)  # what create_model takes for this network
     return model  # type: ignore[no-any-return]

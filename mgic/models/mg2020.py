@@ -126,6 +126,7 @@ def mg_mobilenet(
     coarsest: int = 64,
     cycle: Cycle = multiplicative,
     additive: bool = False,
+    multigrid: bool = True,
     transfer: Transfer = averaging_pair,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -145,6 +146,7 @@ def mg_mobilenet(
         coarsest: Width of the narrower side below which to stop.
         cycle: :func:`mgic.multiplicative` or :func:`mgic.additive`.
         additive: ``cycle=mgic.additive`` for text configurations.
+        multigrid: Whether the repeated blocks are multigrid cycles; otherwise this is MobileNetV2.
         transfer: ``(channels, group_size) -> (R, P)``.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of the images.
@@ -170,7 +172,9 @@ def mg_mobilenet(
             stride = 2 if stages and not stage else 1
             stage.append(InvertedResidual(before, after, stride, expansion))
             for _ in range(blocks - 1):
-                stage.append(MGICBlock(block, after, group_size, coarsest, expansion * after, scheme=scheme))
+                inner = expansion * after
+                cycles = partial(MGICBlock, block, after, group_size, coarsest, inner, scheme=scheme)
+                stage.append(cycles() if multigrid else block(after, 1, inner))
             before = after
         stages.append(stage)
         channels.append(before)

@@ -1,4 +1,4 @@
-"""MgNet (He and Xu 2019) and MGiaD, multigrid in all dimensions (van Betteray et al. 2023)."""
+"""MgNet (He and Xu 2019) and MGiaD, multigrid in all dimensions (van Betteray et al. 2022)."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Coarsening = Callable[[int, int], nn.Module]
 
 
 class MgNet(Classifier):
-    """The descending leg of a V-cycle over resolutions: Algorithms 1 and 3 of van Betteray et al. 2023.
+    """The descending leg of a V-cycle over resolutions: Algorithms 1 and 3 of van Betteray et al. 2022.
 
     The stem makes the data ``f``; each resolution level smooths the features ``u`` of ``A(u) = f``, starting from ``u = 0``
     on the first, and hands both to the next; the head reads the last ``u``. The printed loop of Algorithm 3 ends before
@@ -218,7 +218,7 @@ _MGIAD_IDLE = {2: (1, 1), 3: (1, 0), 4: (0, 0), 5: (1, 1), 7: (1, 1), 8: (1, 1),
 
 
 def paper_weights(model: MgNet, table: int) -> int:
-    """Count weights as a table of van Betteray et al. 2023 does: the used ones and the idle ones of its program.
+    """Count weights as a table of van Betteray et al. 2022 does: the used ones and the idle ones of its program.
 
     The printed thousands hold parameters that no forward pass reads. How many is not stated but follows from the numbers:
 
@@ -273,11 +273,11 @@ def mgnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def mgiad18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MGiaD with four levels of 64 to 256 channels (van Betteray et al. 2023, Tables II, III, V, VII to IX)."""
+    """MGiaD with four levels of 64 to 256 channels (van Betteray et al. 2022, Tables II, III, V, VII to IX)."""
     return build(mgiad, "mgiad18", pretrained, {"channels": _CHANNELS_18}, kwargs)
 
 
 @register_model
 def mgiad20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MGiaD with three levels of 16 to 64 channels (van Betteray et al. 2023, Table IV)."""
+    """MGiaD with three levels of 16 to 64 channels (van Betteray et al. 2022, Table IV)."""
     return build(mgiad, "mgiad20", pretrained, {"channels": _CHANNELS_20}, kwargs)

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgic.training.checkpoint import CorruptCheckpoint, DiskFull, SavedRun, load_run
-    from mgic.training.loop import Interrupted, NonFiniteLoss, RunSummary, evaluate, train
-    from mgic.training.recipes import RECIPES, Recipe
-    from mgic.training.records import make_record, read_record, write_record
+    from .checkpoint import CorruptCheckpoint, DiskFull, SavedRun, load_run
+    from .loop import Interrupted, NonFiniteLoss, RunSummary, evaluate, train
+    from .recipes import RECIPES, Recipe
+    from .records import make_record, read_record, write_record
 
 _HOME = {
     "CorruptCheckpoint": "checkpoint",

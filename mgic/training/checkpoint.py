@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from mgic.errors import UserError
-from mgic.training.recipes import EXECUTION_FIELDS, Recipe
+from ..errors import UserError
+from .recipes import EXECUTION_FIELDS, Recipe
 
 SCHEMA = 1
 TEMPORARY = ".tmp-"
@@ -299,13 +299,7 @@ class RunFolder:
         recipe_file, data_file = self.path / "recipe.yaml", self.path / "data.json"
         if recipe_file.exists():
             _refuse_other(self.path, read_recipe(self.path), self.recipe)
-            there = json.loads(data_file.read_text(encoding="utf-8"))
-            if there != dict(self.data):
-                odd = next(k for k in {**there, **self.data} if there.get(k) != self.data.get(k))
-                raise UserError(
-                    f"run folder {self.path}: its run used other data ({odd}: {there.get(odd)!r} there, "
-                    f"{self.data.get(odd)!r} now); choose a new folder"
-                )
+            _refuse_other_data(self.path, self.data)
             if self.status() == "finished":
                 raise UserError(f"run folder {self.path}: holds a finished run; choose a new folder")
         self.checkpoints.mkdir(exist_ok=True)
@@ -325,7 +319,7 @@ class RunFolder:
     def status(self) -> str:
         """The state in ``status.json``; empty when there is none."""
         file = self.path / "status.json"
-        return str(json.loads(file.read_text(encoding="utf-8"))["state"]) if file.exists() else ""
+        return str(read_json(file).get("state", "")) if file.exists() else ""
 
     def write_status(self, state: str, **details: Any) -> None:
         """Tell a supervisor where the run stands: running, finished, interrupted or failed."""
@@ -468,19 +462,51 @@ def load_run(folder: str | Path) -> SavedRun:
     return SavedRun(recipe, state["average"] or state["model"])
 
 
-def finished_run(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of the finished run of ``recipe`` in ``folder``; None where there is none, or not yet.
+def finished_run(folder: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of the finished run of ``recipe`` on ``data`` in ``folder``; None where there is none, or not yet.
+
+    Args:
+        folder: The run folder.
+        recipe: The run that is wanted.
+        data: Fingerprint of its data set.
 
     Raises:
-        UserError: The folder holds a finished run of another recipe.
+        UserError: The folder holds a finished run of another recipe, other data or another version of the summary.
     """
     summary, status = folder / "summary.json", folder / "status.json"
-    if not (summary.exists() and status.exists()):
-        return None
-    if json.loads(status.read_text(encoding="utf-8"))["state"] != "finished":
+    if not (summary.exists() and status.exists()) or read_json(status).get("state") != "finished":
         return None
     _refuse_other(folder, read_recipe(folder), recipe)
-    return dict(json.loads(summary.read_text(encoding="utf-8")))
+    _refuse_other_data(folder, data)
+    found = read_json(summary)
+    if found.pop("schema", None) != SCHEMA:
+        raise UserError(f"{summary}: of another version of mgic; this one reads schema {SCHEMA}; choose a new folder")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: damaged or not readable ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged: expected a JSON object")
+    return value
+
+
+def _refuse_other_data(folder: Path, data: Mapping[str, Any]) -> None:
+    there = read_json(folder / "data.json")
+    if there != dict(data):
+        odd = next(k for k in {**there, **data} if there.get(k) != data.get(k))
+        raise UserError(
+            f"run folder {folder}: its run used other data ({odd}: {there.get(odd)!r} there, "
+            f"{data.get(odd)!r} now); choose a new folder"
+        )
 
 
 def check_writable(path: Path) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mgic.data import Augmentation, ImageData, epoch_order, random_key
-from mgic.errors import Stopped, UserError
-from mgic.training.checkpoint import RunFolder, save_weights, write_json, write_text
-from mgic.training.recipes import Recipe
-from mgic.training.records import versions
+from ..data import Augmentation, ImageData, epoch_order, random_key
+from ..errors import Stopped, UserError
+from .checkpoint import SCHEMA, RunFolder, save_weights, write_json, write_text
+from .recipes import Recipe
+from .records import provenance, versions
 
 MAX_NONFINITE_STEPS = 3
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class RunSummary:
         params: Trainable parameters.
         history: One row an epoch: ``epoch, step, lr, train_loss, test_loss, test_accuracy, seconds``.
         resumed_from: Step the last process continued from; 0 for a run in one piece.
+        origin: Commit, date, machine and versions of the process that finished the run.
     """
 
     model: str
@@ -84,6 +85,7 @@ class RunSummary:
     params: int
     history: list[dict[str, float]]
     resumed_from: int
+    origin: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -123,9 +125,11 @@ def train(
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training images")
+    # all this before the folder is claimed: what cannot be trained leaves nothing behind
+    data.train.check(Augmentation(recipe.crop_padding, recipe.flip, recipe.seed))
     fabric = _fabric(recipe, accelerator)
     model = _seeded(build_model, recipe.seed)
-    _check_fit(model, data)  # before the folder is claimed: a network that cannot be trained leaves nothing behind
+    _check_fit(model, data)
     with RunFolder(Path(out), recipe, data.fingerprint()) as folder, _Signals() as signals:
         outcome = "failed"
         folder.write_status("running")
@@ -139,7 +143,11 @@ def train(
             outcome = "interrupted"
             raise
         finally:
-            folder.write_status(outcome)
+            if outcome == "finished":
+                folder.write_status(outcome)
+            else:
+                with suppress(OSError):  # the error under way says more than a full disk
+                    folder.write_status(outcome)
     return summary
 
 
@@ -210,6 +218,8 @@ def _fabric(recipe: Recipe, accelerator: str) -> Any:
     """The one place that chooses device, precision and, one day, processes."""
     from lightning.fabric import Fabric
 
+    if accelerator not in ("auto", "cpu", "cuda", "gpu"):
+        raise UserError(f"accelerator must be auto, cpu or cuda, got {accelerator!r}")
     precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[recipe.precision]
     if recipe.precision == "16" and (accelerator == "cpu" or not torch.cuda.is_available()):
         raise UserError("precision '16' needs a GPU; on the CPU use 'bf16' or '32'")
@@ -272,7 +282,7 @@ class _Run:
             model.compile()
         self.model = model
         self.wrapped, self.optimizer = fabric.setup(model, _optimizer(model, recipe))
-        self.at, self.saved_step = _Progress(), -1
+        self.at, self.saved = _Progress(), (-1, 0)
         checkpoint = folder.newest(strict_resume)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -297,7 +307,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.at = _Progress(**state["progress"])
-        self.saved_step = self.at.step
+        self.saved = (self.at.step, len(self.at.history))
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in state["versions"].items() if versions().get(k) != v]
         if changed:
             warnings.warn(
@@ -332,8 +342,9 @@ class _Run:
             except Interrupted:
                 self._save()
                 raise
+        _write_csv(self.folder.path / "metrics.csv", self.at.history)  # again: a kill may have come before the last row
         save_weights(self.folder.path / "model.safetensors", self.average or self.model)
-        write_json(self.folder.path / "summary.json", summary.to_dict())
+        write_json(self.folder.path / "summary.json", {"schema": SCHEMA, **summary.to_dict()})
         return summary
 
     def _train_epoch(
@@ -443,7 +454,7 @@ class _Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless this step has one already. Weights that are not finite are never saved."""
-        if self.at.step == self.saved_step:
+        if (self.at.step, len(self.at.history)) == self.saved:
             return
         bad = [n for n, t in self.model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if bad:
@@ -451,7 +462,7 @@ class _Run:
                 f"after step {self.at.step - 1} the weights are not finite ({', '.join(bad[:3])}); nothing was saved"
             )
         self.folder.save(self.at.step, self._state())
-        self.saved_step = self.at.step
+        self.saved = (self.at.step, len(self.at.history))
 
     def _summary(self, signals: _Signals) -> RunSummary:
         at, recipe = self.at, self.recipe
@@ -473,6 +484,7 @@ class _Run:
             params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             history=at.history,
             resumed_from=self.resumed_from,
+            origin=provenance(),
         )
 
 

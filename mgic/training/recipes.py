@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mgic.errors import UserError
+from ..errors import UserError, suggest
 
 # Fields that change how a run is executed or stored, never its numbers: a resumed run may change them.
 EXECUTION_FIELDS = frozenset({"workers", "checkpoint_every", "keep_checkpoints"})
@@ -183,12 +182,6 @@ class Recipe:
         if not isinstance(values, dict):
             raise UserError(f"{source}: expected 'field: value' lines, got {type(values).__name__}")
         return cls.from_dict(values)
-
-
-def suggest(name: str, known: Mapping[str, Any]) -> str:
-    """The end of an error message on an unknown name: the nearest known names, else all of them."""
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
 def _step(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -473,4 +466,4 @@ RECIPES: dict[str, Recipe] = {
     "fashion_mnist_mgiad": FASHION_MNIST_MGIAD,
     "fashion_mnist_mgiad20": FASHION_MNIST_MGIAD20,
 }
-"""Every recipe of the library by its name on the command line: two of our own, then one per published experiment."""
+"""Every recipe by its name on the command line: two of our own, then one per published classification experiment."""

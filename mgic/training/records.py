@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from mgic.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    from mgic.training.loop import RunSummary
+    from .loop import RunSummary
 
 SCHEMA = 1
 _PACKAGES = ("mgic", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
@@ -36,15 +36,22 @@ _FIELDS: dict[str, type] = {
 }
 
 
+def provenance() -> dict[str, Any]:
+    """What a result depends on besides its recipe: commit, date, machine, versions; of this process, now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"commit": commit(), "date": now, "machine": machine(), "versions": versions()}
+
+
 def make_record(
     command: str,
     data: str,
     seeds: Sequence[int],
     metrics: Mapping[str, Sequence[float]],
     notes: Iterable[str] = (),
+    origin: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """A record of ``n = len(seeds)`` runs on this machine, now.
+    """A record of ``n = len(seeds)`` runs.
 
     Args:
         command: What anybody types to repeat it; without paths of this machine.
@@ -53,6 +60,7 @@ def make_record(
         metrics: Name to values, one a run; each gets its mean and its sample standard deviation (0 for one run).
             The unit belongs into the name where it is not obvious: ``seconds_per_epoch``; accuracies are percent.
         notes: Sentences a reader needs to judge the numbers.
+        origin: The :func:`provenance` of the runs, if they were not made by this process.
         extra: Further plain JSON values, e.g. ``recipe``.
 
     Raises:
@@ -66,10 +74,7 @@ def make_record(
     return {
         "schema": SCHEMA,
         "command": command,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **(origin or provenance()),
         "data": data,
         "seeds": list(seeds),
         "n": len(seeds),
@@ -107,7 +112,7 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: The record lacks a field, or a field has the wrong type.
     """
-    from mgic.training.checkpoint import write_json
+    from .checkpoint import write_json
 
     _check(record, str(path))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -147,10 +152,12 @@ def _check(record: Any, where: str) -> None:
 
 def commit() -> dict[str, Any]:
     """The commit this package was run from: ``{"id", "dirty"}``; both are None outside a git checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
     try:
-        head = _git(here, "rev-parse", "HEAD")
-        return {"id": head, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # not somebody else's repository around us
+        head = _git(here.parent, "rev-parse", "HEAD")
+        package = str(here.parents[1])
+        return {"id": head, "dirty": bool(_git(here.parent, "status", "--porcelain", "--", package))}
     except (OSError, subprocess.SubprocessError):
         return {"id": None, "dirty": None}
 
