@@ -24,7 +24,7 @@ def relu() -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a skip: ``relu(x + N K2 relu(N K1 x))`` (He et al. 2016; eq. (1) of Ephrath et al. 2020).
 
-    Post-activation, as in the ResNets it is compared with; :class:`PreActBasicBlock` is the order the papers print.
+    Post-activation, as in the ResNets it is compared with; `PreActBasicBlock` is the order the papers print.
 
     Args:
         channels: Width; a multiple of ``groups``.
@@ -67,7 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to the inner width, 3x3, 1x1 back, around a skip (He et al. 2016); arguments as :class:`BasicBlock`.
+    """1x1 to the inner width, 3x3, 1x1 back, around a skip (He et al. 2016); arguments as `BasicBlock`.
 
     Args:
         channels: Outer width.
@@ -110,7 +110,7 @@ class Bottleneck(nn.Module):
 
 
 class PreActBasicBlock(nn.Module):
-    """``x + K2 relu(N K1 relu(N x))``: the order of eq. (1) of Ephrath et al. 2020; arguments as :class:`BasicBlock`.
+    """``x + K2 relu(N K1 relu(N x))``: the order of eq. (1) of Ephrath et al. 2020; arguments as `BasicBlock`.
 
     Its skip is a true identity. It has as many parameters and multiply-adds as the post-activation block. The activation
     must not work in place: with an identity norm its first argument is ``x`` itself.
@@ -144,7 +144,7 @@ class PreActBasicBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """``x + K3 relu(N K2 relu(N K1 relu(N x)))``: eq. (2.2) of Eliasof et al. 2023; arguments as :class:`Bottleneck`.
+    """``x + K3 relu(N K2 relu(N K1 relu(N x)))``: eq. (2.2) of Eliasof et al. 2023; arguments as `Bottleneck`.
 
     Shape:
         ``(N, channels, *spatial)``, unchanged.

@@ -33,7 +33,7 @@ def plain_prolongation(relaxed: Tensor, restricted: Tensor) -> Tensor:
 def scaled_correction(scale: float) -> Correction:
     """Return the tau-correction damped (below 1) or amplified (Ephrath et al. 2020, Sec. 4.2).
 
-    A batch norm after the prolongation undoes any scale while it trains; use another norm in the :class:`Scheme`.
+    A batch norm after the prolongation undoes any scale while it trains; use another norm in the `Scheme`.
     """
     return lambda relaxed, restricted: scale * (relaxed - restricted)
 
@@ -71,7 +71,7 @@ class Scheme:
         plan: ``(channels, group_size, coarsest, hidden) -> levels``; bind options with ``functools.partial``.
         transfer: ``(channels, group_size) -> (R, P)`` of one level.
         norm: Makes the norm of a width that follows each prolongation.
-        cycle: How the levels are walked: :func:`multiplicative` or :func:`additive`.
+        cycle: How the levels are walked: `multiplicative` or `additive`.
     """
 
     plan: Callable[[int, int, int, int | None], list[Level]] = plan_levels
@@ -100,7 +100,7 @@ class MGICBlock(nn.Module):
     has an identity mapping, so has its multigrid version.
 
     Inference holds one level's features more than the wrapped block; training two to three times its memory (Sec. 3.4
-    says about twice), which :meth:`set_grad_checkpointing` trades for time.
+    says about twice), which `set_grad_checkpointing` trades for time.
 
     Args:
         block: ``block(channels, groups)``, or ``block(channels, groups, hidden)`` where ``hidden`` is given, makes the
@@ -109,7 +109,7 @@ class MGICBlock(nn.Module):
         group_size: Channels per group (``s_g``).
         coarsest: Width at which to stop coarsening (``s_c``). A block no wider than this is the wrapped block itself.
         hidden: Inner width of the block at the finest level, if it has one; it halves with the channels.
-        correction: What is prolonged; see :func:`tau_correction`.
+        correction: What is prolonged; see `tau_correction`.
         scheme: Plan, transfers, norm and cycle.
 
     Shape:
@@ -278,7 +278,7 @@ class AdditiveChannelChange(nn.Module):
         return y
 
     def to_dense(self, size: tuple[int, ...] = (1, 1)) -> Tensor:
-        """Assemble the dense operator; see :meth:`MGICBlock.to_dense`."""
+        """Assemble the dense operator; see `MGICBlock.to_dense`."""
         return dense_operator(self, self.levels[0].channels, size)
 
 
@@ -347,7 +347,7 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def dense_operator(module: nn.Module, channels: int, size: tuple[int, ...]) -> Tensor:
-    """Return the matrix of ``module`` on ``(channels, *size)`` features; see :meth:`MGICBlock.to_dense`."""
+    """Return the matrix of ``module`` on ``(channels, *size)`` features; see `MGICBlock.to_dense`."""
     linear = copy.deepcopy(module).eval()
     for parent in linear.modules():
         for name, child in parent.named_children():

@@ -344,7 +344,8 @@ def load_data(
     if len(path.parts) > 1:
         raise UserError(f"data {name!r}: no such folder; an image folder has train/CLASS/*.jpg and val or test")
     hint = suggest(name, _NAMED)
-    raise UserError(f"unknown data {name!r}{hint} The path of an .npz file or of an image folder works too.")
+    stop = "" if hint.endswith("?") else "."
+    raise UserError(f"unknown data {name!r}{hint}{stop} The path of an .npz file or of an image folder works too.")
 
 
 def _digits(root: Path, download: bool) -> ImageData:

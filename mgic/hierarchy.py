@@ -109,7 +109,7 @@ def plan_levels(
 
     Args:
         channels: Width ``c`` of the block.
-        group_size: Channels per group asked for (``s_g``); see :func:`fit_group_size` for widths it does not divide.
+        group_size: Channels per group asked for (``s_g``); see `fit_group_size` for widths it does not divide.
         coarsest: Width ``s_c`` at which to stop.
         hidden: Inner width of the block at the finest level; it halves with the channels.
         rounding: Turns ``log2(c / s_c)`` into a number of coarsenings.
@@ -179,7 +179,7 @@ def count_params(levels: Sequence[Level], convs: Sequence[Conv] = BASIC, dim: in
 
     Args:
         levels: The plan, finest first.
-        convs: The convolutions of the wrapped block (:data:`BASIC`, :data:`BOTTLENECK`, :data:`CONVOLUTION` or your own).
+        convs: The convolutions of the wrapped block (`BASIC`, `BOTTLENECK`, `CONVOLUTION` or your own).
         dim: Spatial dimensions of the convolutions.
 
     Examples:

@@ -78,7 +78,7 @@ class Sheet(NamedTuple):
 
 
 def paper_sheet(table: Mapping[str, Any]) -> Sheet:
-    """Lay out what :func:`mgic.tables.build_table` returns."""
+    """Lay out what `mgic.tables.build_table` returns."""
     remarks: list[str] = []
     for row in table["rows"]:
         said = _remarks(row)
@@ -261,7 +261,7 @@ def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:
     """Draw a figure of the papers: printed points, the papers' own networks bold, and our records as stars.
 
     Args:
-        panels: What :func:`mgic.tables.build_figure` gathered.
+        panels: What `mgic.tables.build_figure` gathered.
         path: PNG file.
         title: Above the plots.
     """
@@ -332,7 +332,7 @@ def plot_scaling(rows: "Sequence[ScalingRow]", path: Path, title: str) -> None:
     """Draw parameters and multiply-adds over the width, beside the dense twin's, on logarithmic axes.
 
     Args:
-        rows: What :func:`mgic.scaling.scaling` counted.
+        rows: What `mgic.scaling.scaling` counted.
         path: PNG file.
         title: Above the plots.
     """

@@ -165,7 +165,7 @@ class SmoothingInChannels(nn.Module):
     least ``coarsest`` channels are left. The weights are linear in the width: about ``36 s_g c + 18 c_K^2``.
 
     What is prolonged is the change of the coarse features. Line 7 prints the coarse features themselves
-    (:func:`mgic.plain_prolongation`); only the change leaves a solution of ``A(u) = f`` as it is. The norm after ``P``
+    (`mgic.plain_prolongation`); only the change leaves a solution of ``A(u) = f`` as it is. The norm after ``P``
     stays in both. Every step reads ``f - A u`` only and ``A`` is linear, so the change does not depend on where the coarse
     grid starts: ``Pi`` is in the paper's counts, but it matters only where the features themselves are prolonged.
 
@@ -247,12 +247,12 @@ class SmoothingInChannels(nn.Module):
 
     @property
     def first_A(self) -> nn.Module:  # noqa: N802
-        """The finest operator; see :attr:`Smoothing.first_A`."""
+        """The finest operator; see `Smoothing.first_A`."""
         return self.A[0]
 
     @property
     def last_A(self) -> nn.Module:  # noqa: N802
-        """The finest operator; see :attr:`Smoothing.last_A`."""
+        """The finest operator; see `Smoothing.last_A`."""
         return self.A[0]
 
     def extra_repr(self) -> str:
@@ -316,7 +316,7 @@ class ResidualOnly(nn.Module):
         out_channels: Width of the next; a multiple of ``in_channels``.
 
     Shape:
-        As :class:`FullApproximation`.
+        As `FullApproximation`.
 
     Raises:
         ChannelConfigError: If ``out_channels`` is no multiple of ``in_channels``.

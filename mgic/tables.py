@@ -4,7 +4,6 @@ The printed numbers are those of ``papers.toml``, digit for digit. Our counts ar
 now; other readings of a text stand beside them under names of their own. Our accuracies come from records only.
 """
 
-import difflib
 import re
 import tomllib
 import warnings
@@ -23,7 +22,7 @@ from torchvision.models import get_model
 
 from .counting import Cost, cost
 from .cycle import MGICBlock, Scheme
-from .errors import UserError
+from .errors import UserError, suggest
 from .hierarchy import plan_levels
 from .models import create_model, list_models
 from .models.mgnet import MgNet, paper_weights
@@ -42,15 +41,6 @@ def papers() -> dict[str, Any]:
 def table_ids() -> list[str]:
     """Return the names of all tables, in the order of the papers."""
     return list(papers()["tables"])
-
-
-# --- networks -------------------------------------------------------------------------------------------------------
-
-
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    return f"unknown {kind} {name!r}; {hint}"
 
 
 class Network(NamedTuple):
@@ -129,9 +119,6 @@ def _paper_weights(network: Network, table: int) -> int | None:
     return paper_weights(model, table) if isinstance(model, MgNet) else None
 
 
-# --- other readings -------------------------------------------------------------------------------------------------
-
-
 class _Uncounted(nn.Module):
     """A transfer of ``weights`` parameters whose multiply-adds nobody counts."""
 
@@ -179,8 +166,6 @@ READINGS: dict[str, tuple[Reading, ...]] = {
 }
 """By model: what else its text can mean, and conventions found by fitting; never the count."""
 
-
-# --- tables of results ----------------------------------------------------------------------------------------------
 
 SUFFIX = {"1e3": " k", "1e6": " M", "1e9": " G"}
 
@@ -278,9 +263,6 @@ def _results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) ->
     }
 
 
-# --- our records ----------------------------------------------------------------------------------------------------
-
-
 def _same_network(one: nn.Module, other: nn.Module) -> bool:
     """Tell whether two networks are module by module of the same kind, with the same public attributes."""
 
@@ -321,9 +303,6 @@ def _accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[
         "data": record["data"],
         "record": record["file"],
     }
-
-
-# --- tables of layers -----------------------------------------------------------------------------------------------
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -445,9 +424,6 @@ def _layer_rows(table: Row) -> list[dict[str, Any]]:
     return result + [{"row": "(not printed)", "printed": {}, "built": layer, "differs": [], **none} for layer in built]
 
 
-# --- a table, and its forms -----------------------------------------------------------------------------------------
-
-
 def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
     """Return a table of the papers with our counts and accuracies, as plain values.
 
@@ -469,7 +445,7 @@ def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
     """
     tables = papers()["tables"]
     if table_id not in tables:
-        raise UserError(_unknown("table", table_id, tables))
+        raise UserError(f"unknown table {table_id!r}{suggest(table_id, tables)}")
     table = tables[table_id]
     layers = table["kind"] == "layers"
     name, overrides, network = _network(table_id, table)
@@ -496,8 +472,6 @@ def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
         else [_results_row(table_id, table, row, records) for row in table["rows"]],
     }
 
-
-# --- figures --------------------------------------------------------------------------------------------------------
 
 Series = dict[str, list[tuple[float, float]]]
 
@@ -616,6 +590,6 @@ def build_figure(figure_id: str, records: Sequence[Row] = ()) -> tuple[str, list
         UserError: If there is no such figure, or it needs a record that is not there.
     """
     if figure_id not in FIGURES:
-        raise UserError(_unknown("figure", figure_id, FIGURES))
+        raise UserError(f"unknown figure {figure_id!r}{suggest(figure_id, FIGURES)}")
     title, gather = FIGURES[figure_id]
     return title, gather(records)

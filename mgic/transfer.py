@@ -127,7 +127,7 @@ class SparsePointwise(nn.Module):
 
     Only the non-zeros are parameters (``values``); their places (``rows``, ``columns``) are buffers, so both are saved,
     restored and moved with the network. The matrix is assembled as it is applied: a dense 1x1 convolution is faster than
-    gathering at the widths of interest, and :func:`mgic.cost` counts the multiply-adds that are really executed.
+    gathering at the widths of interest, and `mgic.cost` counts the multiply-adds that are really executed.
 
     Args:
         rows: Output channel of each non-zero, ``(nnz,)``.

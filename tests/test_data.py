@@ -197,8 +197,8 @@ def test_r11_missing_cifar_names_the_expected_tree(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fashionmnist", "unknown data 'fashionmnist': did you mean fashion_mnist?"),
-        ("xyzzy", "unknown data 'xyzzy': there are digits, fashion_mnist, cifar10, cifar100"),
+        ("fashionmnist", "unknown data 'fashionmnist'; did you mean fashion_mnist?"),
+        ("xyzzy", "unknown data 'xyzzy'; known: cifar10, cifar100, digits, fashion_mnist."),
         ("no/such/folder", "data 'no/such/folder': no such folder; an image folder has train/CLASS"),
         ("absent.npz", "data 'absent.npz': no such file; expected an .npz with x_train, y_train, x_test, y_test"),
     ],

@@ -144,7 +144,7 @@ def test_a_run_reports_what_it_did(tmp_path):
     data = stripes()
     summary = train(RECIPE, tiny, data, tmp_path / "run")
     assert summary.steps == RECIPE.epochs * STEPS_PER_EPOCH == summary.history[-1]["step"]
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary.to_dict()
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"schema": 1, **summary.to_dict()}
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
     with (tmp_path / "run/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -595,3 +595,42 @@ def test_unreadable_records_and_uneven_metrics_are_refused(tmp_path):
         make_record("c", "d", [0, 1], {"x": [1.0]})
     with pytest.raises(UserError, match="no run to record"):
         make_record("c", "d", [], {})
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_leaves_every_row(tmp_path):
+    """The kill may come between the last checkpoint and the last row of metrics.csv: the next start writes it."""
+    run = tmp_path / "run"
+    train(RECIPE, tiny, stripes(), run)
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    (run / "summary.json").unlink()
+    (run / "status.json").write_text('{"state": "running"}')
+    train(RECIPE, tiny, stripes(), run)
+    assert (run / "metrics.csv").read_text() == rows
+
+
+def test_a_commit_is_that_of_this_package_and_of_nobody_else(tmp_path, monkeypatch):
+    """A package installed inside another project's repository has no commit of its own."""
+    import subprocess
+
+    from mgic.training import records
+
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run(
+        [
+            "git",
+            "-C",
+            str(tmp_path),
+            *("-c", "user.name=a", "-c", "user.email=a@b.c"),
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            "x",
+        ],
+        check=True,
+    )
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "mgic" / "training" / "records.py"))
+    (tmp_path / "mgic" / "training").mkdir(parents=True)
+    (tmp_path / "mgic" / "training" / "records.py").write_text("")
+    assert records.commit() == {"id": None, "dirty": None}

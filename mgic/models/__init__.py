@@ -36,7 +36,7 @@ def check_model(name: str) -> None:
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
-    """Build a network by name: one of :func:`list_models`, or any of timm's.
+    """Build a network by name: one of `list_models`, or any of timm's.
 
     Args:
         name: Registered name.

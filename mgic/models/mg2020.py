@@ -71,14 +71,14 @@ def mg_resnet(
     global_pool: str = "avg",
     drop_rate: float = 0.0,
 ) -> Classifier:
-    """Assemble an MG-ResNet: an opening layer, then stages of multigrid cycles with :class:`DoublingTransition` between.
+    """Assemble an MG-ResNet: an opening layer, then stages of multigrid cycles with `DoublingTransition` between.
 
     Args:
         channels: Width of each stage, twice that of the stage before.
         repeats: Cycles of each stage.
         group_size: Channels per group (``s_g``), and random places in a row of ``P`` (``t``).
         coarsest: Width below which to stop.
-        cycle: :func:`mgic.multiplicative` or :func:`mgic.additive`.
+        cycle: `mgic.multiplicative` or `mgic.additive`.
         additive: ``cycle=mgic.additive`` for text configurations.
         multigrid: Whether the blocks are multigrid cycles; otherwise this is the paper's dense baseline.
         large_images: Open with a 7x7 convolution of stride 2 and max-pooling instead of a 3x3 convolution.
@@ -144,7 +144,7 @@ def mg_mobilenet(
         width: Multiplies all widths but the last.
         group_size: Channels per group of the narrower width (``s_g``).
         coarsest: Width of the narrower side below which to stop.
-        cycle: :func:`mgic.multiplicative` or :func:`mgic.additive`.
+        cycle: `mgic.multiplicative` or `mgic.additive`.
         additive: ``cycle=mgic.additive`` for text configurations.
         multigrid: Whether the repeated blocks are multigrid cycles; otherwise this is MobileNetV2.
         transfer: ``(channels, group_size) -> (R, P)``.

@@ -19,7 +19,7 @@ from .classifier import Classifier, build, init_weights
 from .resnet import default_cfgs as resnet_cfgs
 
 Coarsening = Callable[[int, int], nn.Module]
-"""``(in_channels, out_channels) -> `` :class:`mgic.smoothing.FullApproximation` or alike."""
+"""``(in_channels, out_channels) -> `` `mgic.smoothing.FullApproximation` or alike."""
 
 
 class MgNet(Classifier):
@@ -32,7 +32,7 @@ class MgNet(Classifier):
     Args:
         stem: First layers, ``(N, in_chans, H, W) -> (N, channels[0], H, W)``.
         levels: What smooths on each resolution level, ``(f, u) -> u``, with ``first_A`` and ``last_A``.
-        head: Pooling and classifier; see :class:`Classifier`.
+        head: Pooling and classifier; see `Classifier`.
         channels: Width of each level.
         coarsen: Makes the way from one level to the next.
 
@@ -84,7 +84,7 @@ class MgNet(Classifier):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the last ``u`` and those of the levels asked for; arguments as :meth:`Classifier.forward_intermediates`."""
+        """Return the last ``u`` and those of the levels asked for; arguments as `Classifier.forward_intermediates`."""
         if output_fmt != "NCHW":
             raise UserError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
@@ -149,8 +149,8 @@ def mgnet(
         share_b: One ``B`` for all steps of a level (with ``share_a``: MgNet_{A,B}).
         group_a: Channels per group of ``A``; dense by default.
         group_b: Channels per group of ``B``; dense by default.
-        coarsen: The way to the next level: the full approximation scheme, or :class:`mgic.smoothing.ResidualOnly`.
-        smoother: ``(A, channels, groups) -> B``; see :class:`mgic.smoothing.Smoothing` for ``B`` as a polynomial in ``A``.
+        coarsen: The way to the next level: the full approximation scheme, or `mgic.smoothing.ResidualOnly`.
+        smoother: ``(A, channels, groups) -> B``; see `mgic.smoothing.Smoothing` for ``B`` as a polynomial in ``A``.
         num_classes: Classes.
         in_chans: Channels of the images.
         global_pool: Pooling of the head.
@@ -189,8 +189,8 @@ def mgiad(
         width: Multiplies ``channels`` (``lambda``), but not ``coarsest``.
         pre: Steps on each grid before the coarser one (``eta_pre``).
         post: Steps on each grid after it (``eta_post``).
-        correction: What is prolonged; see :class:`mgic.smoothing.SmoothingInChannels`.
-        coarsen: The way to the next level: the full approximation scheme, or :class:`mgic.smoothing.ResidualOnly`.
+        correction: What is prolonged; see `mgic.smoothing.SmoothingInChannels`.
+        coarsen: The way to the next level: the full approximation scheme, or `mgic.smoothing.ResidualOnly`.
         smoother: ``(A, channels, groups) -> B``.
         num_classes: Classes.
         in_chans: Channels of the images.

@@ -109,7 +109,7 @@ def mgic_mobilenetv3(
     global_pool: str = "avg",
     drop_rate: float = 0.0,
 ) -> Classifier:
-    """Assemble MGIC-MobileNetV3: a :class:`ChannelChange` wherever Table 6 changes width or resolution, then the block.
+    """Assemble MGIC-MobileNetV3: a `ChannelChange` wherever Table 6 changes width or resolution, then the block.
 
     Widths are multiples of 4. The inner width follows from the block's (rounded) input and is multiplied once more, as in the
     authors' program: ``hidden = width * c_in * (hidden / c_in)_Table 6``; only so is ``width=0.6`` as small as Table 7 says.

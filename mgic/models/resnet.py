@@ -102,7 +102,7 @@ def mgic_cifar_resnet(
     global_pool: str = "avg",
     drop_rate: float = 0.0,
 ) -> Classifier:
-    """Assemble its multigrid twin: every block an :class:`MGICBlock`, a :class:`ChannelChange` before stages 2 and 3."""
+    """Assemble its multigrid twin: every block an `MGICBlock`, a `ChannelChange` before stages 2 and 3."""
 
     def stage(before: int, after: int, blocks: int, stride: int) -> list[nn.Module]:
         change = [ChannelChange(before, after, stride)] if stride > 1 else []
@@ -132,7 +132,7 @@ def mgic_resnet(
 ) -> Classifier:
     """Assemble the multigrid twin of an ImageNet ResNet (Eliasof et al. 2023, Table 4).
 
-    Stages of 64, 128, 256, 512 planes (times ``width``), each one :class:`ChannelChange` to the new width and resolution
+    Stages of 64, 128, 256, 512 planes (times ``width``), each one `ChannelChange` to the new width and resolution
     and then multigrid blocks of equal width. Table 4 also prints a 3x3 convolution at 112 x 112, which ResNet-50 has not:
     ``extra_conv=True``. Its transfers have ``4 s_g`` channels a group where a bottleneck is wrapped; for the text's ``s_g``
     give ``scheme=Scheme(plan=partial(plan_levels, minimum=1, transfer_group_size=group_size))``.

@@ -375,7 +375,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path, strict: bool = False) -> dict[str, Any] | None:
-    """See :meth:`RunFolder.newest`; this one needs no lock."""
+    """See `RunFolder.newest`; this one needs no lock."""
     corrupt: list[CorruptCheckpoint] = []
     for path in list_checkpoints(folder):
         try:
@@ -418,7 +418,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read what :func:`save_weights` wrote, shared weights under all their names.
+    """Read what `save_weights` wrote, shared weights under all their names.
 
     Raises:
         CorruptCheckpoint: The bytes are not the ones of the sidecar, or no safetensors.

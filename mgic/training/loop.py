@@ -108,8 +108,8 @@ def train(
     Args:
         recipe: What to do.
         build_model: Makes the network; called once, with PyTorch's generator seeded by the recipe.
-        data: What to train on; see :func:`mgic.data.load_data`.
-        out: Folder of the run; see :class:`~mgic.training.checkpoint.RunFolder`.
+        data: What to train on; see `mgic.data.load_data`.
+        out: Folder of the run; see `mgic.training.checkpoint.RunFolder`.
         accelerator: ``auto``, ``cpu`` or ``cuda``, as in Lightning Fabric.
         strict_resume: Stop at a corrupt checkpoint instead of falling back to the one before it.
         progress: Show a progress bar; default: on a terminal.
@@ -541,7 +541,7 @@ class _Signals:
         self._previous = {}
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal has come."""
         if self.received is not None:
             raise Interrupted(self.received)
 

@@ -164,14 +164,14 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str, source: str | Path = "recipe") -> Recipe:
-        """Read what :meth:`to_yaml` wrote, or a hand-written part of it.
+        """Read what `to_yaml` wrote, or a hand-written part of it.
 
         Args:
             text: The YAML text.
             source: Where it comes from, for error messages.
 
         Raises:
-            UserError: The text is no YAML mapping, or :meth:`from_dict` refuses it.
+            UserError: The text is no YAML mapping, or `from_dict` refuses it.
         """
         import yaml
 

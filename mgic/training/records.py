@@ -55,12 +55,12 @@ def make_record(
 
     Args:
         command: What anybody types to repeat it; without paths of this machine.
-        data: Provenance of the data, :attr:`mgic.data.ImageData.note`.
+        data: Provenance of the data, `mgic.data.ImageData.note`.
         seeds: One a run.
         metrics: Name to values, one a run; each gets its mean and its sample standard deviation (0 for one run).
             The unit belongs into the name where it is not obvious: ``seconds_per_epoch``; accuracies are percent.
         notes: Sentences a reader needs to judge the numbers.
-        origin: The :func:`provenance` of the runs, if they were not made by this process.
+        origin: The `provenance` of the runs, if they were not made by this process.
         extra: Further plain JSON values, e.g. ``recipe``.
 
     Raises:
