@@ -514,7 +514,9 @@ def _add_demo(parser: ArgumentParser) -> None:
         "--models", type=list[str], default=["resnet20", "mgic_resnet20"], help="networks, side by side"
     )
     parser.add_argument("--epochs", type=int, default=RECIPES["digits"].epochs, help="epochs of each run")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; networks this small gain nothing from more"
+    )
     parser.add_argument("--json-summary", type=Path, default=None, help="write the table as JSON")
 
 
