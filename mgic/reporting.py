@@ -147,7 +147,7 @@ def _count(number: int | None) -> str:
 
 
 def _per_cent(number: float | None) -> str:
-    return "" if number is None else f"{number:+.1f} %"
+    return "" if number is None else f"{round(number, 1) + 0.0:+.1f} %"  # no minus before zero
 
 
 def _accuracy(found: Mapping[str, Any] | None) -> str:
@@ -252,8 +252,10 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in row.items():
         if isinstance(value, Mapping) and key not in ("overrides", "should_be"):
             flat |= {f"{key}_{inner}": item for inner, item in _flat(value).items()}
+        elif isinstance(value, Mapping | list):
+            flat[key] = json.dumps(value) if value else None
         else:
-            flat[key] = json.dumps(value) if isinstance(value, Mapping | list) and value else value or None
+            flat[key] = value
     return flat
 
 
