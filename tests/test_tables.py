@@ -223,6 +223,9 @@ def test_json_markdown_and_csv_say_the_same(everything):
         assert len(lines) == len(table["rows"]) + len(readings)
         assert len(sheet.lines) == len(lines)
         own = [line for line in lines if not line.get("reading")]
+        for (row, reading), line in zip(readings, (line for line in lines if line.get("reading")), strict=True):
+            assert (line["row"], line["reading"]) == (row["row"], reading["reading"])
+            assert (line["ours_params"], line["ours_macs"]) == (str(reading["params"]), str(reading["macs"]))
         for row, line in zip(table["rows"], own, strict=True):
             assert (line["table"], line["row"]) == (name, row["row"])
             if table["kind"] == "layers":
