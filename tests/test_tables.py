@@ -280,6 +280,11 @@ def test_a_record_stands_in_the_rows_of_its_network_and_data_alone(everything):
     assert "| 91.50 ± 0.25 (2 runs, 7 epochs) |" in paper_markdown({**everything["mg2020-1"], "rows": rows})
 
 
+def test_a_record_of_no_training_stands_nowhere():
+    timing = {key: value for key, value in record("", "", {}).items() if key != "recipe"}
+    assert [row["accuracy"] for row in build_table("mgic-1", [timing])["rows"]] == [None] * 4
+
+
 def test_points_of_figures_are_the_printed_ones_and_those_of_records():
     _, (light, resnets) = build_figure("mgic-5")
     assert light.printed["MGIC-MobileNetV3"] == [(48e6, 67.0), (145e6, 74.8), (233e6, 76.1)]
