@@ -171,7 +171,9 @@ def _remarks(row: Mapping[str, Any]) -> str:
     if row["note"]:
         said.append(row["note"].strip())
     if row.get("accuracy"):
-        said.append(f"Our accuracy: {row['accuracy']['record']}, trained by its own recipe on {row['accuracy']['data']}.")
+        said.append(
+            f"Our accuracy: {row['accuracy']['record']}, trained by its own recipe on {row['accuracy']['data']}."
+        )
     return " ".join(said)
 
 
