@@ -103,7 +103,11 @@ READINGS = {
 }
 """What else the papers' texts can mean."""
 PINNED = {
-    **{name: (name, {}, timm.get_pretrained_cfg(name).input_size[-1]) for name in mgic.list_models()},
+    **{
+        name: (name, {}, timm.get_pretrained_cfg(name).input_size[-1])
+        for name in mgic.list_models()
+        if timm.is_model(name)
+    },
     **{name: network(row) for name, row in CLASSIFIERS.items()},
     **READINGS,
 }

@@ -7,9 +7,12 @@ import timm
 from torch import nn
 
 from ..errors import UserError, suggest
-from . import mg2020, mgnet, mobilenetv3, resnet
+from . import functions, mg2020, mgnet, mobilenetv3, resnet
+from .classifier import known_arguments
 
-_MODULES = (mg2020, mgnet, mobilenetv3, resnet)
+_CLASSIFIERS = (mg2020, mgnet, mobilenetv3, resnet)
+_OTHERS = {make.__name__: make for module in (functions,) for make in module.NETWORKS}
+"""Networks by name that are not image classifiers, so not for timm's registry: ``NETWORKS`` of their modules."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -19,18 +22,19 @@ def list_models(pattern: str = "*") -> list[str]:
         >>> list_models("mgic_resnet?6")
         ['mgic_resnet56']
     """
-    names = {name for module in _MODULES for name in module.default_cfgs}
-    return sorted(fnmatch.filter(names, pattern))
+    names = {name for module in _CLASSIFIERS for name in module.default_cfgs}
+    return sorted(fnmatch.filter(names | _OTHERS.keys(), pattern))
 
 
 def describe_model(name: str) -> str:
     """Return the first line of a network's docstring."""
-    return (timm.models.model_entrypoint(name).__doc__ or "").strip().split("\n")[0]
+    make = _OTHERS.get(name) or timm.models.model_entrypoint(name)
+    return (make.__doc__ or "").strip().split("\n")[0]
 
 
 def check_model(name: str) -> None:
     """Refuse a name that neither this library nor timm knows, naming the nearest ones."""
-    if not timm.is_model(name):
+    if name not in _OTHERS and not timm.is_model(name):
         near = suggest(name, {*list_models(), *timm.list_models()})
         raise UserError(f"there is no model {name!r}{near if 'did you mean' in near else '; mgic models lists all'}")
 
@@ -50,4 +54,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         10
     """
     check_model(name)
-    return timm.create_model(name, **overrides)
+    if name not in _OTHERS:
+        return timm.create_model(name, **overrides)
+    known = known_arguments(_OTHERS[name], name, overrides)
+    model: Any = _OTHERS[name](**overrides)
+    model.arguments = known  # as of the classifiers
+    return model  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -192,9 +192,7 @@ def build(
         *("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls"),
         *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "kwargs_filter"),
     }
-    known = inspect.signature(make).parameters
-    if unknown := sorted(set(given) - timm_keys - set(known)):
-        raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    known = known_arguments(make, name, given.keys() - timm_keys)
     for argument, least in (("num_classes", 0), ("in_chans", 1)):
         value = given.get(argument, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -203,5 +201,13 @@ def build(
     model: Any = build_model_with_cfg(
         make, name, pretrained=pretrained, feature_cfg=feature_cfg, **{**defaults, **given}
     )
-    model.arguments = tuple(known)  # what create_model takes for this network
+    model.arguments = known  # what create_model takes for this network
     return model  # type: ignore[no-any-return]
+
+
+def known_arguments(make: Callable[..., nn.Module], name: str, given: Iterable[str]) -> tuple[str, ...]:
+    """Return the arguments of a network's function; names given that are not among them are an error."""
+    known = tuple(inspect.signature(make).parameters)
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"{name} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    return known
