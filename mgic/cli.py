@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .counting import Part
-    from .data import ImageData
+    from .data import Data, Task
     from .training import RunSummary
 
 DESCRIPTION = """Multigrid in channels: networks whose cost grows linearly with their width.
@@ -321,8 +321,9 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
         checked = Recipe.from_yaml(text, source=args.config)
         values |= {key: checked.to_dict()[key] for key in yaml.safe_load(text)}
     flags = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
-    if any(flag.startswith("model_args.") for flag in flags):  # one argument of the network; the others stay
-        values["model_args"] = {**values["model_args"], **args.model_args}
+    for field in ("model_args", "data_args"):
+        if any(flag.startswith(f"{field}.") for flag in flags):  # one argument; the others stay
+            values[field] = {**values[field], **args[field]}
     values |= {key: args[key] for key in values if key in flags}
     return Recipe.from_dict(values)
 
@@ -340,7 +341,7 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
     data = _load_data(recipe, args)
     folders = [args.out if args.seeds is None else args.out / f"seed-{seed}" for seed in seeds]
     runs = _train_seeds(recipe, data, seeds, folders, args, reuse=args.seeds is not None)
-    _show_runs(runs)
+    _show_runs(runs, data.task)
     if args.json_summary is not None:
         from .training.checkpoint import write_json
 
@@ -351,14 +352,13 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
     return 0
 
 
-def _load_data(recipe: Recipe, args: Namespace) -> "ImageData":
+def _load_data(recipe: Recipe, args: Namespace) -> "Data":
     """Check the model's name and load the data, before anything long."""
-    from .data import load_data
+    from .data import load_data, padded
     from .models import check_model
 
     check_model(recipe.model)
-    classes = recipe.model_args.get("num_classes")
-    return load_data(recipe.data, args.root, args.download, num_classes=classes).padded(recipe.pad_images)
+    return padded(load_data(recipe.data, args.root, args.download, **recipe.data_args), recipe.pad_images)
 
 
 def _check_seeds(seeds: list[int]) -> list[int]:
@@ -376,13 +376,13 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _builder(recipe: Recipe, data: "ImageData") -> Callable[[], "nn.Module"]:
-    arguments = {"num_classes": data.num_classes, "in_chans": data.input_size[0], **recipe.model_args}
+def _builder(recipe: Recipe, data: "Data") -> Callable[[], "nn.Module"]:
+    arguments = {**data.model_arguments(), **recipe.model_args}
     return lambda: _build(recipe.model, arguments)
 
 
 def _train_seeds(
-    recipe: Recipe, data: "ImageData", seeds: Sequence[int], folders: Sequence[Path], args: Namespace, reuse: bool
+    recipe: Recipe, data: "Data", seeds: Sequence[int], folders: Sequence[Path], args: Namespace, reuse: bool
 ) -> "list[RunSummary]":
     """Train each seed in its folder; with ``reuse``, those that are finished are not trained again."""
     from dataclasses import replace
@@ -396,7 +396,7 @@ def _train_seeds(
         done = finished_run(folder, one, data.fingerprint()) if reuse else None
         if done is not None:
             _console(stderr=True).print(f"{folder}: finished before, not trained again")
-            runs.append(RunSummary(**done))
+            runs.append(RunSummary.from_dict(done))
             continue
         runs.append(
             train(
@@ -423,24 +423,31 @@ def _command(given: Sequence[str]) -> str:
             skip = "=" not in word
             continue
         if flag in ("--data", "--config") and "/" in word:
-            word = f"{flag}={Path(word.partition('=')[2]).name}"
+            word = f"{flag}={_without_folder(word.partition('=')[2])}"
         words.append(word)
     return shlex.join([*words, "--out=RUN"] if "train" in words else words)
 
 
-def _write_training_record(
-    path: Path, recipe: Recipe, data: "ImageData", runs: "list[RunSummary]", command: str
-) -> None:
+def _without_folder(path: str) -> str:
+    """Name a file or data set without folders of this machine: ``masks:/a/b`` is ``masks:b``."""
+    kind, colon, place = path.rpartition(":")
+    return kind + colon + Path(place).name
+
+
+def _write_training_record(path: Path, recipe: Recipe, data: "Data", runs: "list[RunSummary]", command: str) -> None:
     from .training.records import make_record, training_metrics, write_record
 
-    notes = ["accuracies of the last epoch's weights, in percent; the test set picks no epoch"]
+    task = data.task
+    notes = [
+        f"{task.score}{f' in {task.unit}' if task.unit else ''} of the last epoch's weights; the test set picks no epoch"
+    ]
     for run in runs[1:]:
         changed = [key for key in ("commit", "machine", "versions") if run.origin[key] != runs[0].origin[key]]
         if changed:
             notes.append(
                 f"seed {run.seed} was finished with another {', '.join(changed)}: {[run.origin[k] for k in changed]}"
             )
-    stated = recipe.to_dict() | {"data": Path(recipe.data).name}  # no folder of this machine
+    stated = recipe.to_dict() | {"data": _without_folder(recipe.data)}  # no folder of this machine
     record = make_record(
         command,
         data.note,
@@ -454,21 +461,23 @@ def _write_training_record(
     write_record(path, record)
 
 
-def _show_runs(runs: "list[RunSummary]") -> None:
+def _show_runs(runs: "list[RunSummary]", task: "Task") -> None:
     from rich.table import Table
 
-    table = Table("model", "data", "seed", "epochs", "train %", "test %", "s/epoch", box=None, pad_edge=False)
+    score = f"{task.score} {task.unit}".strip()
+    table = Table(
+        "model", "data", "seed", "epochs", f"train {score}", f"test {score}", "s/epoch", box=None, pad_edge=False
+    )
     for run in runs:
-        table.add_row(
-            *(run.model, run.data, str(run.seed), str(run.epochs)),
-            *(f"{run.train_accuracy:.2f}", f"{run.test_accuracy:.2f}", f"{run.seconds_per_epoch:.2f}"),
-        )
+        scores = (f"{run.metrics[f'{split}_{task.score}']:.4g}" for split in ("train", "test"))
+        table.add_row(*(run.model, run.data, str(run.seed), str(run.epochs)), *scores, f"{run.seconds_per_epoch:.2f}")
     _console().print(table)
 
 
 def _add_evaluate(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--data", type=str, default=None, help="another data set than the run's own")
+    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set, instead of the run's")
     parser.add_argument("--split", type=str, default="test", help="test or train")
     _add_data(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -478,15 +487,16 @@ def _run_evaluate(args: Namespace) -> int:
     from dataclasses import replace
 
     from .training import evaluate, load_run
-    from .training.checkpoint import read_json
+    from .training.checkpoint import different, read_json
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
     saved = load_run(args.run)
-    recipe = replace(saved.recipe, data=args.data or saved.recipe.data)
+    recipe = saved.recipe if args.data is None else replace(saved.recipe, data=args.data, data_args={})
+    recipe = replace(recipe, data_args=recipe.data_args if args.data_args is None else args.data_args)
     data = _load_data(recipe, args)
     trained_on = read_json(args.run / "data.json")
-    if args.data is None and trained_on != data.fingerprint():
+    if args.data is None and args.data_args is None and different(trained_on, data.fingerprint()):
         raise UserError(f"{args.run}: {recipe.data} is not the data it was trained on; name other data with --data")
     if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
         data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
@@ -500,8 +510,13 @@ def _run_evaluate(args: Namespace) -> int:
     if args.json:
         _print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
     else:
-        text = f"{result['accuracy']:.2f} % of {result['images']:,} images, cross-entropy {result['loss']:.4f}"
+        task = data.task
+        unit = f" {task.unit}" if task.unit else ""
+        text = f"{task.score} {result.pop(task.score):.4g}{unit}, loss {result.pop('loss'):.4f}"
+        text += f" ({result.pop('samples'):,} {task.samples})"
         _console().print(f"{recipe.model} on {data.name} ({args.split}): {text}")
+        for name, value in result.items():
+            _console().print(f"  {name:<24} {value:6.2f}")
     return 0
 
 
@@ -550,8 +565,8 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
                 "model": recipe.model,
                 "params": counted.params,
                 "macs": counted.macs,
-                "train_accuracy": [run.train_accuracy for run in runs],
-                "test_accuracy": [run.test_accuracy for run in runs],
+                "train_accuracy": [run.metrics["train_accuracy"] for run in runs],
+                "test_accuracy": [run.metrics["test_accuracy"] for run in runs],
                 "seconds_per_epoch": [run.seconds_per_epoch for run in runs],
             }
         )

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import RECIPE, stripes
 
-from mgic.data import Augmentation, Images, augment_batch, epoch_order, load_data, random_key
+from mgic.data import Augmentation, Images, augment_batch, epoch_order, load_data, padded, random_key
 from mgic.errors import UserError
 from mgic.training import train
 
@@ -198,7 +198,7 @@ def test_r11_missing_cifar_names_the_expected_tree(tmp_path, name):
     ("name", "message"),
     [
         ("fashionmnist", "unknown data 'fashionmnist'; did you mean fashion_mnist?"),
-        ("xyzzy", "unknown data 'xyzzy'; known: cifar10, cifar100, digits, fashion_mnist."),
+        ("xyzzy", "unknown data 'xyzzy'; known: "),
         ("no/such/folder", "data 'no/such/folder': no such folder; an image folder has train/CLASS"),
         ("absent.npz", "data 'absent.npz': no such file; expected an .npz with x_train, y_train, x_test, y_test"),
     ],
@@ -378,10 +378,10 @@ def test_images_move_to_a_device_together():
 
 def test_padding_puts_black_pixels_around_every_image():
     data = load_data("digits")
-    padded = data.padded(2)
-    assert padded.input_size == (1, 12, 12)
-    for small, large in ((data.train, padded.train), (data.test, padded.test)):
+    larger = padded(data, 2)
+    assert larger.input_size == (1, 12, 12)
+    for small, large in ((data.train, larger.train), (data.test, larger.test)):
         assert torch.equal(large.images[:, :, 2:-2, 2:-2], small.images)
         assert int(large.images.sum()) == int(small.images.sum())
-    assert padded.fingerprint() != data.fingerprint()
-    assert data.padded(0) is data
+    assert larger.fingerprint() != data.fingerprint()
+    assert padded(data, 0) is data

@@ -152,12 +152,12 @@ def test_a_run_reports_what_it_did(tmp_path):
     model = tiny()
     model.load_state_dict(load_run(tmp_path / "run").state_dict)
     for split, accuracy, loss in (
-        ("train", summary.train_accuracy, summary.train_loss),
-        ("test", summary.test_accuracy, summary.test_loss),
+        ("train", summary.metrics["train_accuracy"], summary.metrics["train_loss"]),
+        ("test", summary.metrics["test_accuracy"], summary.metrics["test_loss"]),
     ):
         again = evaluate(model, data, split)
         assert (again["accuracy"], again["loss"]) == (accuracy, loss)
-    assert summary.test_accuracy > 60
+    assert summary.metrics["test_accuracy"] > 60
 
 
 def test_evaluation_equals_counting_by_hand_at_any_batch_size_and_keeps_the_mode():
@@ -299,9 +299,9 @@ def test_a_progress_bar_is_shown_on_request_and_never_on_a_pipe(tmp_path, capsys
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
-    from mgic.training import loop
+    from mgic.training import outside
 
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="TensorBoard is not installed"):
         train(replace(RECIPE, epochs=1), tiny, stripes(), tmp_path / "run")
 
@@ -317,6 +317,8 @@ def _torch_rates(recipe, steps_per_epoch):
         schedule = lr_scheduler.OneCycleLR(optimizer, recipe.lr, total, cycle_momentum=False)
     elif recipe.schedule == "cosine":
         schedule = lr_scheduler.CosineAnnealingLR(optimizer, total)
+    elif recipe.schedule == "poly":
+        schedule = lr_scheduler.PolynomialLR(optimizer, total, recipe.power)
     else:
         by_epoch = True
         schedule = (
@@ -346,6 +348,8 @@ def _torch_rates(recipe, steps_per_epoch):
         Recipe(epochs=9, schedule="onecycle", lr=0.3),
         Recipe(epochs=9, schedule="cosine", lr=0.3),
         Recipe(epochs=9, schedule="cosine", warmup_epochs=2),
+        Recipe(epochs=9, schedule="poly", lr=0.3),
+        Recipe(epochs=9, schedule="poly", power=2.0, warmup_epochs=2),
         Recipe(epochs=9, schedule="step", milestones=(3, 4, 8), gamma=0.2),
         Recipe(epochs=9, schedule="step", step_size=2, warmup_epochs=1),
         Recipe(epochs=1, schedule="onecycle"),
@@ -423,10 +427,11 @@ WRONG = {
     "model": ["", 3],
     "model_args": [[], {1: 2}, {"a": {1, 2}}],
     "data": [""],
+    "data_args": [[], {1: 2}, {"a": {1, 2}}],
     "epochs": [0, -1, 2.0, "3"],
     "batch_size": [0],
     "lr": [0, -0.1, math.nan, math.inf, "0.1"],
-    "optimizer": ["adam", None],
+    "optimizer": ["adamw", None],
     "momentum": [-0.1, 1.0],
     "nesterov": [1, "yes"],
     "weight_decay": [-1e-9],
@@ -435,6 +440,7 @@ WRONG = {
     "milestones": [(3, 2), (0,), (1, 1), 5, (1.5,)],
     "step_size": [-1, 3],
     "gamma": [0, 1.1],
+    "power": [0, -1],
     "warmup_epochs": [-1, 31],
     "label_smoothing": [1.0, -0.1],
     "ema_decay": [1.0],
@@ -559,7 +565,7 @@ def test_a_training_record_holds_both_accuracies_epochs_and_seconds(tmp_path):
     runs = [train(replace(RECIPE, seed=s, epochs=1), tiny, stripes(), tmp_path / str(s)) for s in range(2)]
     metrics = make_record("c", "d", [0, 1], training_metrics(runs))["metrics"]
     assert {"train_accuracy", "test_accuracy", "epochs", "seconds_per_epoch"} <= metrics.keys()
-    assert metrics["test_accuracy"]["values"] == [run.test_accuracy for run in runs]
+    assert metrics["test_accuracy"]["values"] == [run.metrics["test_accuracy"] for run in runs]
 
 
 @pytest.mark.parametrize(

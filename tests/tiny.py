@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mgic.data import ImageData, Images
+from mgic.data import Data, Images, classification
 from mgic.training import Recipe
 
 STEPS_PER_EPOCH = 8
@@ -22,7 +22,7 @@ RECIPE = Recipe(
 )
 
 
-def stripes(train: int = 67, test: int = 20) -> ImageData:
+def stripes(train: int = 67, test: int = 20) -> Data:
     """8x8 images of 3 classes; 67 training images leave 3 that do not fill a batch."""
     generator = torch.Generator().manual_seed(7)
 
@@ -32,7 +32,7 @@ def stripes(train: int = 67, test: int = 20) -> ImageData:
         phase = torch.arange(8)[None] % (labels[:, None] + 2) == 0
         return Images(noise + 100 * phase[:, None, None, :].to(torch.uint8), labels)
 
-    return ImageData("stripes", images(train), images(test), 3, (1, 8, 8), (0.3,), (0.2,), "made up")
+    return Data("stripes", images(train), images(test), classification(3), (1, 8, 8), "made up", (0.3,), (0.2,))
 
 
 def tiny() -> nn.Module:

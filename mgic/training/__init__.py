@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import CorruptCheckpoint, DiskFull, SavedRun, load_run
-    from .loop import Interrupted, NonFiniteLoss, RunSummary, evaluate, train
+    from .loop import NonFiniteLoss, RunSummary, evaluate, train
+    from .outside import Interrupted
     from .recipes import RECIPES, Recipe
     from .records import make_record, read_record, write_record
 
@@ -19,7 +20,7 @@ _HOME = {
     "DiskFull": "checkpoint",
     "SavedRun": "checkpoint",
     "load_run": "checkpoint",
-    "Interrupted": "loop",
+    "Interrupted": "outside",
     "NonFiniteLoss": "loop",
     "RunSummary": "loop",
     "evaluate": "loop",

@@ -499,12 +499,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def different(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Name the first value that a run noted down about its data and that is another now; None where none is.
+
+    Only what it noted down counts: a run of an earlier version knew less about its data.
+    """
+    return next((key for key in there if there[key] != now.get(key)), None)
+
+
 def _refuse_other_data(folder: Path, data: Mapping[str, Any]) -> None:
     there = read_json(folder / "data.json")
-    if there != dict(data):
-        odd = next(k for k in {**there, **data} if there.get(k) != data.get(k))
+    odd = different(there, data)
+    if odd is not None:
         raise UserError(
-            f"run folder {folder}: its run used other data ({odd}: {there.get(odd)!r} there, "
+            f"run folder {folder}: its run used other data ({odd}: {there[odd]!r} there, "
             f"{data.get(odd)!r} now); choose a new folder"
         )
 

@@ -9,47 +9,32 @@ documents for them.
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import io
 import logging
 import math
-import signal
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..data import Augmentation, ImageData, epoch_order, random_key
+from ..data import Augmentation, Data, epoch_order, random_key
 from ..errors import Stopped, UserError
-from .checkpoint import SCHEMA, RunFolder, save_weights, write_json, write_text
+from .checkpoint import SCHEMA, RunFolder, save_weights, write_json
+from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
 from .recipes import Recipe
 from .records import provenance, versions
 
 MAX_NONFINITE_STEPS = 3
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Stopped):
-    """SIGTERM or SIGINT arrived; the run was saved and can be continued. ``exit_code`` is 143 or 130."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; the same command continues the run")
-        self.exit_code = 128 + signum
 
 
 class NonFiniteLoss(Stopped):
@@ -58,15 +43,15 @@ class NonFiniteLoss(Stopped):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run went. Accuracies are percentages; times are seconds of training without evaluation.
+    """How a run went. Times are seconds of training without evaluation.
 
     Args:
         steps: Optimisation steps, the skipped ones included.
-        train_accuracy: Of the final weights on all training images, in eval mode, without augmentation.
-        test_accuracy: Of the final weights on the test images. No epoch is picked by its test accuracy.
+        metrics: By name, ``train_loss``, ``test_loss`` and the task's others, of the final weights on all training and test
+            samples, in eval mode, without augmentation. No epoch is picked by what it reaches on the test samples.
         skipped_steps: Steps left out because the loss or the gradient was not finite.
         params: Trainable parameters.
-        history: One row an epoch: ``epoch, step, lr, train_loss, test_loss, test_accuracy, seconds``.
+        history: One row an epoch: ``epoch, step, lr, train_loss, test_loss``, the score on the test samples, ``seconds``.
         resumed_from: Step the last process continued from; 0 for a run in one piece.
         origin: Commit, date, machine and versions of the process that finished the run.
     """
@@ -76,10 +61,7 @@ class RunSummary:
     seed: int
     epochs: int
     steps: int
-    train_accuracy: float
-    train_loss: float
-    test_accuracy: float
-    test_loss: float
+    metrics: dict[str, float]
     seconds_per_epoch: float
     skipped_steps: int
     params: int
@@ -88,14 +70,23 @@ class RunSummary:
     origin: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values, the metrics among the others."""
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        return {**values, **metrics}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunSummary:
+        """Read what `to_dict` wrote."""
+        known = {field.name for field in fields(cls)}
+        metrics = {name: value for name, value in values.items() if name not in known}
+        return cls(metrics=metrics, **{name: value for name, value in values.items() if name in known})
 
 
 def train(
     recipe: Recipe,
     build_model: Callable[[], nn.Module],
-    data: ImageData,
+    data: Data,
     out: str | Path,
     *,
     accelerator: str = "auto",
@@ -124,19 +115,23 @@ def train(
     """
     steps_per_epoch = len(data.train) // recipe.batch_size
     if steps_per_epoch == 0:
-        raise UserError(f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training images")
+        raise UserError(
+            f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training {data.task.samples}"
+        )
+    if recipe.label_smoothing and not data.task.smooths:
+        raise UserError(f"label_smoothing={recipe.label_smoothing} is for classes: {data.task.name} has none")
     # all this before the folder is claimed: what cannot be trained leaves nothing behind
     data.train.check(Augmentation(recipe.crop_padding, recipe.flip, recipe.seed))
     fabric = _fabric(recipe, accelerator)
     model = _seeded(build_model, recipe.seed)
     _check_fit(model, data)
-    with RunFolder(Path(out), recipe, data.fingerprint()) as folder, _Signals() as signals:
+    with RunFolder(Path(out), recipe, data.fingerprint()) as folder, Signals() as signals:
         outcome = "failed"
         folder.write_status("running")
         try:
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
                 run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume)
-                with _bar(progress, run.total_steps) as show:
+                with progress_bar(progress, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
             outcome = "finished"
         except (Interrupted, KeyboardInterrupt):
@@ -153,25 +148,25 @@ def train(
 
 def evaluate(
     model: nn.Module,
-    data: ImageData,
+    data: Data,
     split: str = "test",
     *,
     batch_size: int = 512,
     workers: int = 0,
     on_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Accuracy (percent) and mean cross-entropy (nats) of ``model``, in eval mode, on ``train`` or ``test``.
+    """The metrics of the data set's task on ``train`` or ``test``, with ``model`` in eval mode.
 
     Args:
         model: The network; it stays where it is, and in the mode it is in.
         data: The data set.
-        split: ``train`` or ``test``; training images are not augmented.
-        batch_size: Images at a time.
-        workers: Processes that decode image folders.
+        split: ``train`` or ``test``; training samples are not augmented.
+        batch_size: Samples at a time.
+        workers: Processes that read files.
         on_batch: Called after each batch; may raise to stop.
 
     Returns:
-        ``{"accuracy", "loss", "images"}``.
+        ``loss``, the task's score and its other metrics, and ``samples``, how many there were.
 
     Raises:
         UserError: ``split`` is neither of the two.
@@ -180,21 +175,18 @@ def evaluate(
     if split not in splits:
         raise UserError(f"split must be 'train' or 'test', got {split!r}")
     device = next(chain(model.parameters(), model.buffers())).device
-    normalize, images_of = data.normalizer(device), splits[split].to(device)
-    was_training, correct, loss = model.training, 0, 0.0
+    normalize, samples = data.normalizer(device), splits[split].to(device)
+    was_training, meter = model.training, data.task.meter()
     model.eval()
     try:
         with torch.no_grad():
-            for images, labels in images_of.evaluation_batches(batch_size, workers):
-                logits = model(normalize(images)).float()
-                correct += int((logits.argmax(1) == labels).sum())
-                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            for inputs, targets in samples.evaluation_batches(batch_size, workers):
+                meter.update(data.task.infer(model, normalize(inputs)).float(), targets)
                 if on_batch:
                     on_batch()
     finally:
         model.train(was_training)
-    count = len(images_of)
-    return {"accuracy": 100 * correct / count, "loss": loss / count, "images": count}
+    return {**meter.compute(), "samples": len(samples)}
 
 
 def average_(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -236,12 +228,24 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             (decayed if recipe.decay_norms or parameter.ndim > 1 else plain).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, nesterov=recipe.nesterov)
-    if recipe.optimizer == "rmsprop":
-        from timm.optim import RMSpropTF
+    return _OPTIMIZERS[recipe.optimizer](recipe)(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-        make = partial(RMSpropTF, alpha=0.9, eps=1.0)
-    return make(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+def _sgd(recipe: Recipe) -> Callable[..., torch.optim.Optimizer]:
+    return partial(torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+def _rmsprop(recipe: Recipe) -> Callable[..., torch.optim.Optimizer]:
+    from timm.optim import RMSpropTF
+
+    return partial(RMSpropTF, alpha=0.9, eps=1.0, momentum=recipe.momentum)
+
+
+def _adam(recipe: Recipe) -> Callable[..., torch.optim.Optimizer]:
+    return partial(torch.optim.Adam, betas=(recipe.momentum, 0.999))
+
+
+_OPTIMIZERS = {"sgd": _sgd, "rmsprop": _rmsprop, "adam": _adam}
 
 
 @dataclass
@@ -255,6 +259,7 @@ class _Progress:
     skipped: int = 0
     skipped_in_row: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    test: dict[str, float] = field(default_factory=dict)  # all metrics of the last epoch
 
 
 class _Run:
@@ -264,14 +269,14 @@ class _Run:
         self,
         recipe: Recipe,
         model: nn.Module,
-        data: ImageData,
+        data: Data,
         folder: RunFolder,
         fabric: Any,
         steps_per_epoch: int,
         strict_resume: bool,
     ):
         self.recipe, self.folder, self.fabric = recipe, folder, fabric
-        self.data = replace(data, train=data.train.to(fabric.device), test=data.test.to(fabric.device))
+        self.data = data.to(fabric.device)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         model = model.to(fabric.device)
         if recipe.channels_last:
@@ -323,12 +328,12 @@ class _Run:
 
     def finish(
         self,
-        signals: _Signals,
+        signals: Signals,
         show: Callable[[int, str], None],
         on_step: Callable[[int], None] | None,
     ) -> RunSummary:
         """Train from where the run stands to its end, write the weights, and say how it went."""
-        with _tensorboard(self.folder.path / "tensorboard", self.at.step) as board:
+        with tensorboard(self.folder.path / "tensorboard", self.at.step) as board:
             try:
                 while True:
                     if self.at.step == (len(self.at.history) + 1) * self.steps_per_epoch:
@@ -342,13 +347,13 @@ class _Run:
             except Interrupted:
                 self._save()
                 raise
-        _write_csv(self.folder.path / "metrics.csv", self.at.history)  # again: a kill may have come before the last row
+        write_csv(self.folder.path / "metrics.csv", self.at.history)  # again: a kill may have come before the last row
         save_weights(self.folder.path / "model.safetensors", self.average or self.model)
         write_json(self.folder.path / "summary.json", {"schema": SCHEMA, **summary.to_dict()})
         return summary
 
     def _train_epoch(
-        self, signals: _Signals, show: Callable[[int, str], None], on_step: Callable[[int], None] | None
+        self, signals: Signals, show: Callable[[int, str], None], on_step: Callable[[int], None] | None
     ) -> None:
         """The steps of this epoch that are not done yet."""
         recipe, at = self.recipe, self.at
@@ -361,8 +366,8 @@ class _Run:
         )
         self.wrapped.train()
         began = time.perf_counter()
-        for images, labels in batches:
-            self._step(images, labels)
+        for inputs, targets in batches:
+            self._step(inputs, targets)
             at.seconds += time.perf_counter() - began
             show(at.step, f"epoch {epoch + 1}/{recipe.epochs}  loss {at.loss_sum / max(at.losses, 1):.3f}")
             if at.step % self.steps_per_epoch:  # the last step of an epoch is saved after its evaluation
@@ -374,17 +379,18 @@ class _Run:
             began = time.perf_counter()
         assert at.step == (epoch + 1) * self.steps_per_epoch
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of SGD, with its averaging, so that no checkpoint can come between the two."""
+    def _step(self, inputs: Tensor, targets: Tensor) -> None:
+        """One step of the optimiser, with its averaging, so that no checkpoint can come between the two."""
         recipe, at = self.recipe, self.at
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(at.step, self.steps_per_epoch)
         torch.manual_seed(random_key("step", recipe.seed, at.step))
         buffers = [b.clone() for b in self.model.buffers()]  # a forward pass with NaN spoils running statistics
-        x = self.normalize(images)
-        if recipe.channels_last:
+        x = self.normalize(inputs)
+        if recipe.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(self.wrapped(x).float(), labels, label_smoothing=recipe.label_smoothing)
+        task = self.data.task
+        loss = task.loss(task.forward(self.wrapped, x).float(), targets, recipe.label_smoothing)
         value = loss.item()
         finite = math.isfinite(value)
         if finite:
@@ -420,7 +426,7 @@ class _Run:
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return bool(norm.isfinite())
 
-    def _evaluate(self, split: str, signals: _Signals) -> dict[str, float]:
+    def _evaluate(self, split: str, signals: Signals) -> dict[str, float]:
         with self.fabric.autocast():
             return evaluate(
                 self.average or self.model,
@@ -431,26 +437,29 @@ class _Run:
                 on_batch=signals.check,
             )
 
-    def _end_epoch(self, signals: _Signals, board: Any) -> None:
+    def _end_epoch(self, signals: Signals, board: Any) -> None:
         at = self.at
         test = self._evaluate("test", signals)
+        score = self.data.task.score
         row = {
             "epoch": len(at.history) + 1,
             "step": at.step,
             "lr": self.recipe.learning_rate(at.step - 1, self.steps_per_epoch),
             "train_loss": at.loss_sum / max(at.losses, 1),
             "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            f"test_{score}": test[score],
             "seconds": at.seconds,
         }
         at.history.append(row)
+        at.test = test
         at.loss_sum, at.losses, at.seconds = 0.0, 0, 0.0
         self._save()
-        _write_csv(self.folder.path / "metrics.csv", at.history)
+        write_csv(self.folder.path / "metrics.csv", at.history)
         if board is not None:
-            for name in ("lr", "train_loss", "test_loss", "test_accuracy"):
+            for name in ("lr", "train_loss", "test_loss", f"test_{score}"):
                 board.add_scalar(name, row[name], at.step)
-        logger.info("epoch %(epoch)d: train loss %(train_loss).4f, test accuracy %(test_accuracy).2f %%", row)
+        train, test_score = row["train_loss"], f"{test[score]:.4g} {self.data.task.unit}".strip()
+        logger.info("epoch %d: train loss %.4f, test %s %s", row["epoch"], train, score, test_score)
 
     def _save(self) -> None:
         """Write a checkpoint, unless this step has one already. Weights that are not finite are never saved."""
@@ -464,21 +473,20 @@ class _Run:
         self.folder.save(self.at.step, self._state())
         self.saved = (self.at.step, len(self.at.history))
 
-    def _summary(self, signals: _Signals) -> RunSummary:
+    def _summary(self, signals: Signals) -> RunSummary:
         at, recipe = self.at, self.recipe
         assert at.step == self.total_steps
         assert len(at.history) == recipe.epochs
-        train = self._evaluate("train", signals)
+        test = at.test or self._evaluate("test", signals)  # an older checkpoint has no metrics but the score
+        splits = {"train": self._evaluate("train", signals), "test": test}
+        metrics = {f"{s}_{k}": v for s, found in splits.items() for k, v in found.items() if k != "samples"}
         return RunSummary(
             model=recipe.model,
             data=self.data.name,
             seed=recipe.seed,
             epochs=recipe.epochs,
             steps=at.step,
-            train_accuracy=train["accuracy"],
-            train_loss=train["loss"],
-            test_accuracy=at.history[-1]["test_accuracy"],
-            test_loss=at.history[-1]["test_loss"],
+            metrics=metrics,
             seconds_per_epoch=sum(row["seconds"] for row in at.history) / recipe.epochs,
             skipped_steps=at.skipped,
             params=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -495,86 +503,23 @@ def _seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build_model()
 
 
-def _check_fit(model: nn.Module, data: ImageData) -> None:
-    """Run two black images through the network, in eval mode: it changes nothing and finds what does not fit."""
-    device = next(model.parameters()).device
+def _check_fit(model: nn.Module, data: Data) -> None:
+    """Run two zeros through the network, in eval mode: it changes nothing and finds what does not fit."""
+    task, device = data.task, next(model.parameters()).device
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *data.input_size, device=device))
+            output = task.forward(model, torch.zeros(2, *data.input_size, device=device))
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
+        layout = " (C, H, W)" if len(data.input_size) == 3 else ""
         raise UserError(
-            f"the network cannot read images of {data.name}, {data.input_size} (C, H, W): {reason}"
+            f"the network cannot read {task.samples} of {data.name}, {data.input_size}{layout}: {reason}"
         ) from error
-    if logits.shape != (2, data.num_classes):
+    except (TypeError, IndexError, KeyError, AttributeError) as error:
+        raise UserError(f"the network is none for {task.name}: its output is not what {data.name} needs") from error
+    if output.shape != (2, *task.shape(data.input_size)):
         raise UserError(
-            f"{data.name} has {data.num_classes} classes, but the network's output for two images has shape "
-            f"{tuple(logits.shape)}; build it with num_classes={data.num_classes}"
+            f"{data.name} has {task.outputs} classes, but the network's output for two {task.samples} has shape "
+            f"{tuple(output.shape)}; build it with num_classes={task.outputs}"
         )
-
-
-class _Signals:
-    """Remembers SIGTERM or SIGINT until the step is over; a second one acts as if we were not here."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
-
-    def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
-        if self.received is not None:
-            raise Interrupted(self.received)
-
-
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """All rows again: a resumed run then leaves exactly the file of an uninterrupted one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def _tensorboard(folder: Path, step: int) -> AbstractContextManager[Any]:
-    """An event writer that hides the rows after ``step``, which a killed process may have left."""
-    if importlib.util.find_spec("tensorboard") is None:
-        warnings.warn("TensorBoard is not installed, so no event files: pip install 'mgic[train]'", stacklevel=2)
-        return nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-
-@contextmanager
-def _bar(wanted: bool | None, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; where there is no terminal, a function that does nothing."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda step, text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda step, text: bar.update(task, completed=step, description=text)

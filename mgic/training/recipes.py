@@ -25,32 +25,34 @@ class Recipe:
     Args:
         model: Name of the network.
         model_args: Arguments of the network; plain YAML values.
-        data: Name of the data set, an ``.npz`` file or an image folder.
+        data: Name of the data set, ``NAME:FOLDER``, an ``.npz`` file or an image folder; see `mgic.data.load_data`.
+        data_args: Arguments of the data set, such as the size of crops; plain YAML values.
         epochs: Passes over the training set.
-        batch_size: Images in one training step.
-        lr: Learning rate: the initial one of ``step`` and ``cosine``, the largest one of ``onecycle``.
-        optimizer: ``sgd``, or ``rmsprop`` as MobileNets are trained (TensorFlow's, decay 0.9, epsilon 1).
-        momentum: Momentum of the optimizer.
+        batch_size: Samples in one training step.
+        lr: Learning rate: the initial one of ``step``, ``cosine`` and ``poly``, the largest one of ``onecycle``.
+        optimizer: ``sgd``, ``adam``, or ``rmsprop`` as MobileNets are trained (TensorFlow's, decay 0.9, epsilon 1).
+        momentum: Momentum of the optimizer; of ``adam`` the decay of the mean gradient.
         nesterov: Use Nesterov's momentum.
         weight_decay: L2 penalty.
         decay_norms: Penalise biases and normalisation weights too, as the papers do.
-        schedule: ``step``, ``cosine`` or ``onecycle``.
+        schedule: ``step``, ``cosine``, ``poly`` or ``onecycle``.
         milestones: ``step``: epochs after which the rate is multiplied by ``gamma``.
         step_size: ``step``: multiply by ``gamma`` every so many epochs, instead of ``milestones``; 0 is off.
         gamma: ``step``: the factor.
-        warmup_epochs: ``step`` and ``cosine``: epochs of a linear rise from 1 % to 100 % of the schedule.
+        power: ``poly``: the rate falls like ``(1 - step / steps) ** power``.
+        warmup_epochs: All but ``onecycle``: epochs of a linear rise from 1 % to 100 % of the schedule.
         label_smoothing: Probability mass spread over all classes.
         ema_decay: Decay of the exponential moving average of the weights per step; 0 is off.
         clip_grad: Largest norm of the gradient; 0 is off.
         precision: ``32``, ``bf16`` or ``16`` (mixed precision; 16 needs a GPU).
         channels_last: Store activations as NHWC.
         compile: Use ``torch.compile``.
-        pad_images: Make all images larger, for training and test, by so many black pixels on each side.
-        crop_padding: Pad images by so many pixels, then crop at random; 0 is off.
+        pad_images: Images in memory: make all of them larger, for training and test, by so many black pixels on each side.
+        crop_padding: Images in memory: pad them by so many pixels, then crop at random; 0 is off.
         flip: Mirror images at random.
         seed: Decides the initial weights, the order of the samples and the augmentation.
-        eval_batch_size: Images in one step of evaluation.
-        workers: Processes that decode image folders; they never change the result.
+        eval_batch_size: Samples in one step of evaluation.
+        workers: Processes that read files; they never change the result.
         checkpoint_every: Steps between checkpoints; 0: at the end of each epoch only.
         keep_checkpoints: Number of checkpoints kept.
 
@@ -65,6 +67,7 @@ class Recipe:
     model: str = "mgic_resnet20"
     model_args: dict[str, Any] = field(default_factory=dict, hash=False)
     data: str = "digits"
+    data_args: dict[str, Any] = field(default_factory=dict, hash=False)
     epochs: int = 30
     batch_size: int = 128
     lr: float = 0.1
@@ -77,6 +80,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()
     step_size: int = 0
     gamma: float = 0.1
+    power: float = 0.9
     warmup_epochs: int = 0
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
@@ -99,7 +103,8 @@ class Recipe:
             if not accepts(value):
                 raise UserError(f"recipe: {name} must be {words}, got {value!r}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        object.__setattr__(self, "model_args", _plain(self.model_args, "model_args"))
+        for name in ("model_args", "data_args"):
+            object.__setattr__(self, name, _plain(getattr(self, name), name))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -129,9 +134,9 @@ class Recipe:
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The rate of step ``step`` (counted from 0): a pure function, so a resumed run needs no scheduler state.
 
-        The three schedules equal ``MultiStepLR``/``StepLR`` (by epoch), ``CosineAnnealingLR`` (by step, down to 0)
-        and ``OneCycleLR`` (by step, its defaults, without momentum cycling) of PyTorch; the warm-up multiplies them
-        by ``LinearLR(start_factor=0.01)``.
+        The schedules equal ``MultiStepLR``/``StepLR`` (by epoch), ``CosineAnnealingLR`` and ``PolynomialLR`` (by step,
+        down to 0) and ``OneCycleLR`` (by step, its defaults, without momentum cycling) of PyTorch; the warm-up multiplies
+        them by ``LinearLR(start_factor=0.01)``.
         """
         factor = _SCHEDULES[self.schedule](self, step, steps_per_epoch)
         warmup = self.warmup_epochs * steps_per_epoch
@@ -194,6 +199,10 @@ def _cosine(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return (1 + math.cos(math.pi * step / (recipe.epochs * steps_per_epoch))) / 2
 
 
+def _poly(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    return float((1 - step / (recipe.epochs * steps_per_epoch)) ** recipe.power)
+
+
 def _onecycle(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     # OneCycleLR's defaults: rise from 1/25 over 30 % of the steps, then fall to 1e-4 of the start; both are cosines.
     last = recipe.epochs * steps_per_epoch - 1
@@ -205,7 +214,12 @@ def _onecycle(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * passed)) / 2
 
 
-_SCHEDULES: dict[str, Callable[[Recipe, int, int], float]] = {"step": _step, "cosine": _cosine, "onecycle": _onecycle}
+_SCHEDULES: dict[str, Callable[[Recipe, int, int], float]] = {
+    "step": _step,
+    "cosine": _cosine,
+    "poly": _poly,
+    "onecycle": _onecycle,
+}
 
 _Rule = tuple[Callable[[Any], bool], str]
 
@@ -236,17 +250,19 @@ def _increasing(value: Any) -> bool:
 
 _FLAG: _Rule = (lambda v: type(v) is bool, "true or false")
 _NAME: _Rule = (lambda v: isinstance(v, str) and v != "", "a name")
+_ARGUMENTS: _Rule = (
+    lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
+    "a mapping of names to values",
+)
 _RULES: dict[str, _Rule] = {
     "model": _NAME,
-    "model_args": (
-        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v),
-        "a mapping of names to values",
-    ),
+    "model_args": _ARGUMENTS,
     "data": _NAME,
+    "data_args": _ARGUMENTS,
     "epochs": _integer(1),
     "batch_size": _integer(1),
     "lr": _number(0, open_low=True),
-    "optimizer": (lambda v: v in ("sgd", "rmsprop"), "'sgd' or 'rmsprop'"),
+    "optimizer": (lambda v: v in ("sgd", "adam", "rmsprop"), "'sgd', 'adam' or 'rmsprop'"),
     "momentum": _number(0, 1),
     "nesterov": _FLAG,
     "weight_decay": _number(0),
@@ -255,6 +271,7 @@ _RULES: dict[str, _Rule] = {
     "milestones": (_increasing, "a list of increasing epochs, each at least 1"),
     "step_size": _integer(0),
     "gamma": _number(0, 1, open_low=True, open_high=False),
+    "power": _number(0, open_low=True),
     "warmup_epochs": _integer(0),
     "label_smoothing": _number(0, 1),
     "ema_decay": _number(0, 1),

@@ -55,7 +55,7 @@ def make_record(
 
     Args:
         command: What anybody types to repeat it; without paths of this machine.
-        data: Provenance of the data, `mgic.data.ImageData.note`.
+        data: Provenance of the data, `mgic.data.Data.note`.
         seeds: One a run.
         metrics: Name to values, one a run; each gets its mean and its sample standard deviation (0 for one run).
             The unit belongs into the name where it is not obvious: ``seconds_per_epoch``; accuracies are percent.
@@ -92,18 +92,13 @@ def make_record(
 
 
 def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
-    """What a record of training runs states: both accuracies and losses, epochs, seconds an epoch, skipped steps."""
-    names = (
-        "train_accuracy",
-        "test_accuracy",
-        "train_loss",
-        "test_loss",
-        "epochs",
-        "seconds_per_epoch",
-        "params",
-        "skipped_steps",
-    )
-    return {name: [getattr(run, name) for run in runs] for name in names}
+    """What a record of training runs states: the metrics of both splits, epochs, seconds an epoch, skipped steps."""
+    common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    facts = ("epochs", "seconds_per_epoch", "params", "skipped_steps")
+    return {
+        **{name: [run.metrics[name] for run in runs] for name in common},
+        **{name: [getattr(run, name) for run in runs] for name in facts},
+    }
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:

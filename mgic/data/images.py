@@ -1,52 +1,27 @@
-"""Image data sets: named ones, ``.npz`` files and image folders, with augmentation that is a function of its seed."""
+"""Image classification: named sets, ``.npz`` files and image folders."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from .errors import UserError, suggest
+from ..errors import UserError
+from .base import Augmentation, Data, in_order, missing, random_key, read_batches
+from .tasks import classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-def random_key(*parts: int | str) -> int:
-    """A 63-bit seed for one purpose, e.g. ``random_key("order", seed, epoch)``: nearby parts give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
-    """The order in which epoch ``epoch`` visits ``length`` samples: ``(length,)`` int64, a function of its arguments."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(random_key("order", seed, epoch)))
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to images at random.
-
-    Args:
-        crop_padding: Pad by so many black pixels on each side, then crop the old size at random; 0 is off.
-            Image folders have random resized crops instead.
-        flip: Mirror half of the images.
-        seed: Together with the step (in memory) or the epoch and the index (folders) it decides everything.
-    """
-
-    crop_padding: int = 0
-    flip: bool = False
-    seed: int = 0
 
 
 def augment_batch(images: Tensor, generator: torch.Generator, crop_padding: int, flip: bool) -> Tensor:
@@ -71,36 +46,6 @@ def augment_batch(images: Tensor, generator: torch.Generator, crop_padding: int,
     image = torch.arange(n, device=images.device)[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-class Split(Protocol):
-    """One half of a data set. Batches are ``(uint8 images (N, C, H, W), int64 labels (N,))`` on its device."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def to(self, device: torch.device) -> Split:
-        """The same images where the network is."""
-        ...
-
-    def digest(self) -> str:
-        """A hash that tells these images (or their files) and labels from others."""
-        ...
-
-    def check(self, augmentation: Augmentation) -> None:
-        """Refuse an augmentation these images cannot have, before training begins."""
-        ...
-
-    def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches of the given indices; the first of them belongs to step ``step``."""
-        ...
-
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order, without augmentation; the last batch may be smaller."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -194,178 +139,78 @@ class ImageFiles:
 
         flip = v2.RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
         transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(self.size, antialias=True), flip])
-        decoded = _Decoded(self.samples, transform, augmentation.seed, epoch)
-        return self._load(decoded, [b.tolist() for b in batches], workers)
+        key = ("sample", augmentation.seed, epoch)
+        read = partial(_read_image, self.samples, transform)
+        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device)
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The shorter side resized to 8/7 of ``size`` (256 for 224), then the centre."""
         from torchvision.transforms import v2
 
         transform = v2.Compose([v2.PILToTensor(), v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])
-        batches = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
-        return self._load(_Decoded(self.samples, transform), batches, workers)
-
-    def _load(self, decoded: _Decoded, batches: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # Forked workers notice within seconds when their parent was killed; those of a fork server never do.
-        context = "fork" if workers and sys.platform == "linux" else None
-        iterator = iter(
-            DataLoader(
-                decoded, batch_sampler=batches, num_workers=workers, collate_fn=list, multiprocessing_context=context
-            )
-        )
-        for indices in batches:
-            try:
-                samples = next(iterator)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                raise RuntimeError(
-                    f"a data worker died while decoding images {indices[0]} ... {indices[-1]}; likely causes: memory "
-                    f"(use fewer workers than {workers}) or a small /dev/shm. The run can be continued."
-                ) from error
-            for image, _ in samples:
-                if isinstance(image, str):
-                    raise UserError(image)
-            images = torch.stack([image for image, _ in samples])
-            labels = torch.tensor([label for _, label in samples])
-            yield images.to(self.device), labels.to(self.device)
+        read = partial(_read_image, self.samples, transform)
+        return read_batches(read, in_order(len(self), batch_size), (), workers, self.device)
 
 
-@dataclass(frozen=True)
-class _Decoded(Dataset[tuple[Tensor | str, int]]):
-    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip."""
-
-    samples: tuple[tuple[Path, int], ...]
-    transform: Callable[[Any], Tensor]
-    seed: int = 0
-    epoch: int = 0
-
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        from PIL import Image
-
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{path}: cannot be decoded as an image ({error}); remove or replace it", label
-        torch.manual_seed(random_key("sample", self.seed, self.epoch, index))
-        return self.transform(picture), label
+def _read_image(
+    samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor], index: int
+) -> tuple[Tensor, Tensor]:
+    path, label = samples[index]
+    return transform(open_image(path)), torch.tensor(label)
 
 
-@dataclass(frozen=True)
-class ImageData:
-    """A classification data set, ready to train on.
-
-    Args:
-        name: The name or path it was asked for by.
-        train: Training images.
-        test: Images the accuracy is measured on.
-        num_classes: Labels are ``0 ... num_classes - 1``.
-        input_size: ``(C, H, W)`` of one image.
-        mean: Of the training images, per channel, for pixels in [0, 1] (image folders: ImageNet's published one).
-        std: Standard deviation, likewise.
-        note: Provenance: where the images are from, how many, and what is missing.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    note: str
-
-    def padded(self, pixels: int) -> ImageData:
-        """The same data with larger images: ``pixels`` black ones on each side, for training and test.
-
-        Raises:
-            UserError: The images are files: they are cut to any size as they are read (``image_size``).
-        """
-        if not pixels:
-            return self
-        if not (isinstance(self.train, Images) and isinstance(self.test, Images)):
-            raise UserError(f"pad_images={pixels} is for data sets in memory, not for the image folder {self.name}")
-        train, test = (replace(s, images=F.pad(s.images, (pixels,) * 4)) for s in (self.train, self.test))
-        channels, height, width = self.input_size
-        size = (channels, height + 2 * pixels, width + 2 * pixels)
-        note = f"{self.note}; padded to {size[1]}x{size[2]}"
-        return replace(self, train=train, test=test, input_size=size, note=note)
-
-    def normalizer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The function from uint8 pixels to the network's float32 input: ``(x / 255 - mean) / std``."""
-        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1) * 255
-        std = torch.tensor(self.std, device=device).view(-1, 1, 1) * 255
-        return lambda images: (images.float() - mean) / std
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell this data set from another: a resumed run must find the same ones."""
-        return {
-            "name": self.name,
-            "train": len(self.train),
-            "test": len(self.test),
-            "num_classes": self.num_classes,
-            "digest": hashlib.sha256(f"{self.train.digest()} {self.test.digest()}".encode()).hexdigest(),
-            "input_size": list(self.input_size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-
-def load_data(
-    name: str,
-    root: str | Path | None = None,
-    download: bool = False,
-    *,
-    num_classes: int | None = None,
-    image_size: int = 224,
-) -> ImageData:
-    """Load a data set by name, from an ``.npz`` file or from an image folder.
-
-    Args:
-        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``; the path of an ``.npz`` file with ``x_train,
-            y_train, x_test, y_test`` (uint8, NHW or NHWC); or of a folder with ``train/CLASS/*.jpg`` and ``val`` or
-            ``test`` beside it.
-        root: Folder of the torchvision sets; default ``data``.
-        download: Fetch what is missing. Without it nothing touches the network; archives that are already in
-            ``root`` are unpacked either way.
-        num_classes: Of an ``.npz`` file; default: the largest training label plus one.
-        image_size: Input size of image folders, in pixels.
+def open_image(path: Path) -> Any:
+    """Decode an image file as an RGB picture of Pillow.
 
     Raises:
-        UserError: The name is unknown, the data is not there or its labels are not class indices.
+        UserError: It cannot be decoded.
     """
-    if name in _NAMED:
-        return _NAMED[name](Path("data" if root is None else root), download)
-    path = Path(name)
-    if path.suffix == ".npz":
-        return _npz(path, num_classes)
-    if path.is_dir():
-        return _folder(path, image_size)
-    if len(path.parts) > 1:
-        raise UserError(f"data {name!r}: no such folder; an image folder has train/CLASS/*.jpg and val or test")
-    hint = suggest(name, _NAMED)
-    stop = "" if hint.endswith("?") else "."
-    raise UserError(f"unknown data {name!r}{hint}{stop} The path of an .npz file or of an image folder works too.")
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be decoded as an image ({error}); remove or replace it") from error
 
 
-def _digits(root: Path, download: bool) -> ImageData:
+def padded(data: Data, pixels: int) -> Data:
+    """The same data with larger images: ``pixels`` black ones on each side, for training and test.
+
+    Raises:
+        UserError: The samples are no images in memory.
+    """
+    if not pixels:
+        return data
+    if not (isinstance(data.train, Images) and isinstance(data.test, Images)):
+        raise UserError(f"pad_images={pixels} is for images in memory, not for {data.name}")
+    train, test = (replace(s, images=F.pad(s.images, (pixels,) * 4)) for s in (data.train, data.test))
+    channels, height, width = data.input_size
+    size = (channels, height + 2 * pixels, width + 2 * pixels)
+    note = f"{data.note}; padded to {size[1]}x{size[2]}"
+    return replace(data, train=train, test=test, input_size=size, note=note)
+
+
+def digits(root: Path, download: bool) -> Data:
+    """scikit-learn's digits, which are always there."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey values, 0 ... 16, spread over 0 ... 255
+    found = load_digits()
+    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)  # 17 grey values, 0 ... 16, spread over 0 ... 255
     rng = np.random.RandomState(0)  # the legacy generator: its stream is frozen for ever
-    shuffled = [rng.permutation(np.flatnonzero(digits.target == label)) for label in range(10)]
+    shuffled = [rng.permutation(np.flatnonzero(found.target == label)) for label in range(10)]
     test = np.sort(np.concatenate([s[: round(len(s) / 3)] for s in shuffled]))
     train = np.setdiff1d(np.arange(len(pixels)), test)
     note = (
         f"scikit-learn digits, 8x8: {len(train):,} train and {len(test):,} test images "
         "(a third of each class, drawn with seed 0; writers are mixed)"
     )
-    arrays = (pixels[train], digits.target[train], pixels[test], digits.target[test])
+    arrays = (pixels[train], found.target[train], pixels[test], found.target[test])
     return _in_memory("digits", *arrays, num_classes=10, note=note)
 
 
-def _fashion_mnist(root: Path, download: bool) -> ImageData:
+def fashion_mnist(root: Path, download: bool) -> Data:
+    """FashionMNIST as torchvision keeps it in ``root``."""
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import check_integrity
 
@@ -373,9 +218,9 @@ def _fashion_mnist(root: Path, download: bool) -> ImageData:
     archives = [(folder / name, md5) for name, md5 in FashionMNIST.resources]
     unpacked = all(path.with_suffix("").is_file() for path, _ in archives)
     if not (unpacked or download):
-        missing = [path.name for path, _ in archives if not path.is_file()]
-        if missing:
-            raise _missing("fashion_mnist", folder, missing)
+        absent = [path.name for path, _ in archives if not path.is_file()]
+        if absent:
+            raise missing("fashion_mnist", folder, absent)
         broken = [path.name for path, md5 in archives if not check_integrity(str(path), md5)]
         if broken:
             raise UserError(f"fashion_mnist: wrong checksum of {', '.join(broken)} in {folder}; --download replaces it")
@@ -386,15 +231,17 @@ def _fashion_mnist(root: Path, download: bool) -> ImageData:
     return _in_memory("fashion_mnist", *arrays, num_classes=10, note=note)
 
 
-def _cifar(name: str, classes: int) -> Callable[[Path, bool], ImageData]:
-    def load(root: Path, download: bool) -> ImageData:
+def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
+    """The loader of CIFAR-10 or CIFAR-100 as torchvision keeps them in ``root``."""
+
+    def load(root: Path, download: bool) -> Data:
         from torchvision import datasets
         from torchvision.datasets.utils import check_integrity
 
         source = getattr(datasets, name)
         folder, archive = root / source.base_folder, root / source.filename
         if not (download or folder.is_dir() or archive.is_file()):
-            raise _missing(name.lower(), root, [f"{source.base_folder}/"])
+            raise missing(name.lower(), root, [f"{source.base_folder}/"])
         unpack = download or (archive.is_file() and not folder.is_dir())
         if unpack and not download and not check_integrity(str(archive), source.tgz_md5):
             raise UserError(f"{archive} is damaged (wrong md5): remove it, or give --download to fetch it again")
@@ -406,15 +253,14 @@ def _cifar(name: str, classes: int) -> Callable[[Path, bool], ImageData]:
     return load
 
 
-_NAMED: dict[str, Callable[[Path, bool], ImageData]] = {
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar("CIFAR10", 10),
-    "cifar100": _cifar("CIFAR100", 100),
-}
+def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
+    """A file with ``x_train, y_train, x_test, y_test`` (uint8, NHW or NHWC).
 
-
-def _npz(path: Path, num_classes: int | None) -> ImageData:
+    Args:
+        path: The file.
+        download: Changes nothing.
+        num_classes: Default: the largest training label plus one.
+    """
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
@@ -437,12 +283,19 @@ def _npz(path: Path, num_classes: int | None) -> ImageData:
     return _in_memory(str(path), *arrays, num_classes=num_classes, note=note)
 
 
-def _folder(path: Path, image_size: int) -> ImageData:
+def folder(path: Path, download: bool, *, image_size: int = 224) -> Data:
+    """A folder with ``train/CLASS/*.jpg`` and ``val`` or ``test`` beside it.
+
+    Args:
+        path: The folder.
+        download: Changes nothing.
+        image_size: Height and width of the network's input, in pixels.
+    """
     from torchvision.datasets import ImageFolder
 
     test_name = "val" if (path / "val").is_dir() else "test"
     if not ((path / "train").is_dir() and (path / test_name).is_dir()):
-        raise _missing(f"image folder {path}", path, ["train/CLASS/*.jpg", "val/CLASS/*.jpg (or test/CLASS/*.jpg)"])
+        raise missing(f"image folder {path}", path, ["train/CLASS/*.jpg", "val/CLASS/*.jpg (or test/CLASS/*.jpg)"])
     try:
         train, test = (ImageFolder(str(path / part), is_valid_file=_is_image) for part in ("train", test_name))
     except FileNotFoundError as error:  # also torchvision's error for a class without images
@@ -451,11 +304,11 @@ def _folder(path: Path, image_size: int) -> ImageData:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(f"image folder {path}: train and {test_name} differ in the classes {', '.join(odd)}")
     splits = [ImageFiles(tuple((Path(p), label) for p, label in s.samples), image_size) for s in (train, test)]
-    return ImageData(
+    return Data(
         name=str(path),
         train=splits[0],
         test=splits[1],
-        num_classes=len(train.classes),
+        task=classification(len(train.classes), train.classes),
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -476,14 +329,6 @@ def _fetch(source: Any, root: Path, train: bool, download: bool) -> Any:
         ) from error
 
 
-def _missing(what: str, folder: Path, expected: Sequence[str]) -> UserError:
-    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-    return UserError(
-        f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}; "
-        "--download fetches named sets, --root names their folder"
-    )
-
-
 def _in_memory(
     name: str,
     x_train: np.ndarray[Any, Any],
@@ -493,7 +338,7 @@ def _in_memory(
     *,
     num_classes: int | None,
     note: str,
-) -> ImageData:
+) -> Data:
     train = Images(_pixels(x_train, f"{name}: x_train"), _labels(y_train, f"{name}: y_train", len(x_train)))
     test = Images(_pixels(x_test, f"{name}: x_test"), _labels(y_test, f"{name}: y_test", len(x_test)))
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -513,7 +358,7 @@ def _in_memory(
             )
     mean, std = _mean_std(train.images)
     channels, height, width = train.images.shape[1:]
-    return ImageData(name, train, test, classes, (channels, height, width), mean, std, note)
+    return Data(name, train, test, classification(classes), (channels, height, width), note, mean, std)
 
 
 def _pixels(array: np.ndarray[Any, Any], what: str) -> Tensor:

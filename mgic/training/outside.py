@@ -1,0 +1,93 @@
+"""Between a run and the world outside: signals, the progress bar, the tables that others read while it trains."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..errors import Stopped
+from .checkpoint import write_text
+
+
+class Interrupted(Stopped):
+    """SIGTERM or SIGINT arrived; the run was saved and can be continued. ``exit_code`` is 143 or 130."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; the same command continues the run")
+        self.exit_code = 128 + signum
+
+
+class Signals:
+    """Remembers SIGTERM or SIGINT until the step is over; a second one acts as if we were not here."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+
+def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """All rows again: a resumed run then leaves exactly the file of an uninterrupted one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def tensorboard(folder: Path, step: int) -> AbstractContextManager[Any]:
+    """An event writer that hides the rows after ``step``, which a killed process may have left."""
+    if importlib.util.find_spec("tensorboard") is None:
+        warnings.warn("TensorBoard is not installed, so no event files: pip install 'mgic[train]'", stacklevel=2)
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+@contextmanager
+def progress_bar(wanted: bool | None, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; where there is no terminal, a function that does nothing."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda step, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda step, text: bar.update(task, completed=step, description=text)
