@@ -45,6 +45,7 @@ _HOMES = {
     "Memory": "counting",
     "memory": "counting",
     "cost": "counting",
+    "accelerate": "runtime.accelerate",
     "UserError": "errors",
     "ChannelConfigError": "errors",
 }
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .hierarchy import plan_levels as plan_levels
     from .models import create_model as create_model
     from .models import list_models as list_models
+    from .runtime.accelerate import accelerate as accelerate
     from .smoothing import FullApproximation as FullApproximation
     from .smoothing import ResidualOnly as ResidualOnly
     from .smoothing import Smoothing as Smoothing

@@ -1,0 +1,202 @@
+"""The fastest correct way to run a network, found by trying all."""
+
+import copy
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .paths import PATHS, Path, PathUnavailable, Run, eager, relative_error
+
+SHAPES_KEPT = 8
+"""Other input shapes that an accelerated network keeps ready, the least recently used one given up first."""
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """What became of one path.
+
+    Args:
+        path: Its name.
+        milliseconds: Median time of one call; None where it was not timed.
+        error: Largest relative difference from eager PyTorch; None where it could not be built.
+        reason: Why it cannot be used; None where it can.
+    """
+
+    path: str
+    milliseconds: float | None = None
+    error: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every path that was tried for an input of shape ``input_size``, on so many threads, in the order given."""
+
+    results: tuple[PathResult, ...]
+    input_size: tuple[int, ...]
+    threads: int
+
+    def __str__(self) -> str:
+        lines = [f"input {'x'.join(map(str, self.input_size))}, {self.threads} thread(s)"]
+        for one in self.results:
+            time_ = "" if one.milliseconds is None else f"{one.milliseconds:.3f} ms"
+            error = "" if one.error is None else f"error {one.error:.1e}"
+            lines.append(f"{one.path:<12} {time_:>12}  {error:<14}{one.reason or ''}".rstrip())
+        return "\n".join(lines)
+
+
+class Accelerated(nn.Module):
+    """A network behind its fastest path; called like the network, for inference only.
+
+    It has no parameters: its paths hold copies of the network's weights as they were. For an input of another shape the
+    path is built again and checked again, which takes as long as it took the first time; the last `SHAPES_KEPT` shapes are
+    kept. Where that fails, and for empty inputs, types other than float32 and inputs that need gradients, eager PyTorch runs.
+
+    Args:
+        network: The network in eval mode, for the cases that are eager PyTorch's.
+        path: Name of the path.
+        run: The path, built for inputs of ``report.input_size``.
+        build: Builds the path for another input and checks it.
+        report: What was tried.
+    """
+
+    def __init__(self, network: nn.Module, path: str, run: Run, build: Callable[[Tensor], Run], report: Report) -> None:
+        super().__init__()
+        self.path, self.report = path, report
+        self._run, self._build, self._building = run, build, threading.Lock()
+        self._run_for = lru_cache(SHAPES_KEPT)(self._built)
+        self._network: Run = network.__call__  # not a submodule: no weight here that training or loading could reach
+        self._eager = eager(network, torch.empty(report.input_size), report.threads)
+        self.training = False
+
+    def train(self, mode: bool = True) -> "Accelerated":
+        """Refuse to train: accelerate the network again after it was trained."""
+        if mode:
+            raise UserError(
+                "an accelerated network is for inference: train the network itself, then accelerate it again"
+            )
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what the network returns for ``x``."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return self._network(x)
+        if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+            return self._eager(x)
+        run = self._run if x.shape == self.report.input_size else self._run_for(x.shape)
+        return run(x)
+
+    def _built(self, size: torch.Size) -> Run:
+        with self._building:  # exporters and compilers are not made for concurrent calls
+            try:
+                return self._build(torch.randn(size))
+            except PathUnavailable as error:
+                warnings.warn(f"eager PyTorch runs inputs of {tuple(size)}: {error}", stacklevel=4)
+                return self._eager
+
+    def extra_repr(self) -> str:
+        """Path and report."""
+        return f"path={self.path}\n{self.report}"
+
+
+def accelerate(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    threads: int | None = None,
+    paths: Mapping[str, Path] = PATHS,
+    tolerance: float = 1e-4,
+    rounds: int = 9,
+) -> Accelerated:
+    """Return the fastest correct way to run a network on this CPU, with a report on every way tried.
+
+    Every path is built for a copy of the network in eval mode, held against eager PyTorch on the example and on random
+    numbers, and timed: round after round each path is called once, after a call that warms it up. What is not installed,
+    not possible or not equal is reported with its reason. Building takes seconds, ``torch.compile`` up to minutes; name
+    fewer paths if that is too long.
+
+    Args:
+        model: The network; it is left as it is, and later changes of its weights do not reach the result.
+        example_input: One input batch, float32, on the CPU.
+        threads: CPU threads; as many as PyTorch uses by default.
+        paths: The ways to try, by name.
+        tolerance: Largest relative difference from eager PyTorch.
+        rounds: Timed calls of each path.
+
+    Raises:
+        UserError: If the input, its device, ``threads``, ``rounds`` or ``paths`` make no sense.
+
+    Examples:
+        >>> from mgic.runtime.paths import eager
+        >>> fast = accelerate(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 16, 16), paths={"eager": eager})
+        >>> fast.path, fast(torch.randn(2, 3, 9, 9)).shape
+        ('eager', torch.Size([2, 8, 7, 7]))
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    _check(model, example_input, threads, rounds, paths)
+    network = copy.deepcopy(model).eval()
+    example = example_input.detach().clone()
+    reference = eager(network, example, threads)
+
+    def checked(build: Path, inputs: list[Tensor]) -> tuple[Run, float]:
+        run = build(network, inputs[0], threads)
+        return run, max(relative_error(run(x), reference(x)) for x in inputs)
+
+    runs: dict[str, Run] = {}
+    results: dict[str, PathResult] = {}
+    for name, build in paths.items():
+        try:
+            run, error = checked(build, [example, torch.randn_like(example)])
+        except PathUnavailable as reason:
+            results[name] = PathResult(name, reason=str(reason))
+            continue
+        wrong = None if error <= tolerance else f"not equal to eager within {tolerance:g}"
+        results[name] = PathResult(name, None, error, wrong)
+        if wrong is None:
+            runs[name] = run
+    if not runs:
+        runs, results["eager"] = {"eager": reference}, PathResult("eager", error=0.0)
+    times = _interleaved(runs, example, rounds)
+    for name, seconds in times.items():
+        results[name] = PathResult(name, 1e3 * statistics.median(seconds), results[name].error)
+    best = min(runs, key=lambda name: results[name].milliseconds or 0.0)
+
+    def rebuild(x: Tensor) -> Run:
+        run, error = checked(paths.get(best, eager), [x])
+        if error > tolerance:
+            raise PathUnavailable(f"{best} differs from eager by {error:.1e}, more than {tolerance:g}")
+        return run
+
+    report = Report(tuple(results.values()), tuple(example.shape), threads)
+    return Accelerated(network, best, runs[best], rebuild, report)
+
+
+def _interleaved(runs: Mapping[str, Run], x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` calls of each callable, taken in turn, each after an untimed call of the same."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run(x)
+            began = time.perf_counter()
+            run(x)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _check(model: nn.Module, example: Tensor, threads: int, rounds: int, paths: Mapping[str, Path]) -> None:
+    if threads < 1 or rounds < 1 or not paths:
+        raise UserError(f"threads={threads} and rounds={rounds} must be positive, and paths must not be empty")
+    if example.dtype != torch.float32 or not example.numel():
+        raise UserError(f"example_input must be a float32 batch, got {tuple(example.shape)} of {example.dtype}")
+    elsewhere = {str(t.device) for t in (example, *model.parameters(), *model.buffers()) if t.device.type != "cpu"}
+    if elsewhere:
+        raise UserError(f"accelerate is for the CPU, but there are tensors on {', '.join(sorted(elsewhere))}")
