@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,28 +39,28 @@ def scaled_correction(scale: float) -> Correction:
     return lambda relaxed, restricted: scale * (relaxed - restricted)
 
 
-def multiplicative(block: "MGICBlock", x: Tensor) -> Tensor:
+def multiplicative(block: "MGICBlock", x: Tensor, *context: Any) -> Tensor:
     """Walk the levels one after the other, each seeing the correction of the coarser (Algorithm 1; 2020: (11)-(14))."""
     xs = [x]  # xs[j] lives on level j
     for restrict in block.restrict:  # down
         xs.append(restrict(xs[-1]))
-    y = block.relax_level(-1, xs[-1])  # the coarsest level: fully coupled
+    y = block.relax_level(-1, xs[-1], *context)  # the coarsest level: fully coupled
     for j in reversed(range(len(block.restrict))):  # up; a level's features are freed as it is left
         y = block.correction(y, xs.pop())
         y = xs[-1] + block.norm[j](block.prolong[j](y))
-        y = block.relax_level(j, y)
+        y = block.relax_level(j, y, *context)
     return y
 
 
-def additive(block: "MGICBlock", x: Tensor) -> Tensor:
+def additive(block: "MGICBlock", x: Tensor, *context: Any) -> Tensor:
     """Relax all levels side by side and add the corrections (eqs. (5)-(8) of Ephrath et al. 2020)."""
     xs = [x]
     for restrict in block.restrict:
         xs.append(restrict(xs[-1]))
-    y = block.relax_level(-1, xs[-1])
+    y = block.relax_level(-1, xs[-1], *context)
     for j in reversed(range(len(block.restrict))):
         y = block.correction(y, xs.pop())
-        y = block.relax_level(j, xs[-1]) + block.norm[j](block.prolong[j](y))
+        y = block.relax_level(j, xs[-1], *context) + block.norm[j](block.prolong[j](y))
     return y
 
 
@@ -71,13 +72,13 @@ class Scheme:
         plan: ``(channels, group_size, coarsest, hidden) -> levels``; bind options with ``functools.partial``.
         transfer: ``(channels, group_size) -> (R, P)`` of one level.
         norm: Makes the norm of a width that follows each prolongation.
-        cycle: How the levels are walked: `multiplicative` or `additive`.
+        cycle: ``(block, x, *context) -> y``, how the levels are walked: `multiplicative` or `additive`.
     """
 
     plan: Callable[[int, int, int, int | None], list[Level]] = plan_levels
     transfer: Transfer = averaging_pair
     norm: Layer = nn.BatchNorm2d
-    cycle: Callable[["MGICBlock", Tensor], Tensor] = multiplicative
+    cycle: Callable[..., Tensor] = multiplicative
 
 
 def frozen(transfer: Transfer) -> Transfer:
@@ -151,15 +152,15 @@ class MGICBlock(nn.Module):
         self.prolong = nn.ModuleList(P for _, P in pairs)
         self.norm = nn.ModuleList(scheme.norm(level.channels) for level in self.levels[:-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Walk one cycle."""
-        return self.cycle(self, x)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Walk one cycle; ``context`` is what else the wrapped block takes, the same on every level, such as a graph."""
+        return self.cycle(self, x, *context)
 
-    def relax_level(self, j: int, x: Tensor) -> Tensor:
+    def relax_level(self, j: int, x: Tensor, *context: Any) -> Tensor:
         """Apply the wrapped block of level ``j``."""
         if self.grad_checkpointing and self.training:
-            return checkpointed(self.relax[j], x)
-        return self.relax[j](x)  # type: ignore[no-any-return]
+            return checkpointed(self.relax[j], x, *context)
+        return self.relax[j](x, *context)  # type: ignore[no-any-return]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each level's relaxation for the backward pass, and compute the rest again there."""
@@ -317,7 +318,7 @@ class MGICLinear(nn.Module):
         return y if self.bias is None else y + self.bias  # type: ignore[no-any-return]
 
 
-def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
+def checkpointed(module: nn.Module, *inputs: Any) -> Tensor:
     """Run ``module`` keeping only its inputs for the backward pass, without counting its batch statistics twice.
 
     The second forward pass would move the running statistics of batch norms once more; here it leaves them alone, so

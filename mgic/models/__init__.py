@@ -7,11 +7,11 @@ import timm
 from torch import nn
 
 from ..errors import UserError, suggest
-from . import functions, mg2020, mgnet, mobilenetv3, resnet
+from . import functions, mg2020, mgnet, mobilenetv3, points, resnet, segmentation
 from .classifier import known_arguments
 
 _CLASSIFIERS = (mg2020, mgnet, mobilenetv3, resnet)
-_OTHERS = {make.__name__: make for module in (functions,) for make in module.NETWORKS}
+_OTHERS = {make.__name__: make for module in (functions, points, segmentation) for make in module.NETWORKS}
 """Networks by name that are not image classifiers, so not for timm's registry: ``NETWORKS`` of their modules."""
 
 
