@@ -4,6 +4,7 @@ The printed numbers are those of ``papers.toml``, digit for digit. Our counts ar
 now; other readings of a text stand beside them under names of their own. Our accuracies come from records only.
 """
 
+import math
 import re
 import tomllib
 import warnings
@@ -20,12 +21,14 @@ from timm.layers import ClassifierHead, NormMlpClassifierHead, SqueezeExcite
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+from .blocks import Layer
 from .counting import Cost, cost
 from .cycle import MGICBlock, Scheme
 from .errors import UserError, suggest
-from .hierarchy import plan_levels
+from .hierarchy import Level, plan_levels
 from .models import create_model, list_models
 from .models.mgnet import MgNet, paper_weights
+from .models.mobilenetv3 import round_width
 from .models.resnet import MGIC_RESNET
 from .transfer import SparsePointwise, averaging_pair, sparse_random_pair
 
@@ -157,10 +160,43 @@ def _uncounted_pair(masked: bool, channels: int, group_size: int) -> tuple[nn.Mo
     return _Uncounted(weights, halve), _Uncounted(weights, partial(torch.repeat_interleave, repeats=2, dim=1))
 
 
-Reading = tuple[str, Callable[[int], dict[str, Any]]]
-"""What it is called, and ``s_g -> overrides``."""
+Reading = tuple[str, Callable[[Any], dict[str, Any]]]
+"""What it is called, and ``s_g -> overrides``; dense networks have no ``s_g``."""
 
 _NO_COARSENING: Reading = ("text: no coarsening of blocks that are no wider than s_c", lambda s_g: {"scheme": Scheme()})
+_POOL_FIRST: Reading = (
+    "the same function for less: the mean before the gate's convolution",
+    lambda s_g: {"pool_first": True},
+)
+
+
+def _any_two_groups(channels: int, group_size: int, coarsest: int, hidden: int | None) -> list[Level]:
+    """Algorithm 1's number of levels; at least two groups, as few more as needed to divide both widths."""
+    inner = channels if hidden is None else hidden
+    coarsenings, levels = max(math.floor(math.log2(min(channels, inner) / coarsest)), 0), []
+    for _ in range(coarsenings):
+        common = math.gcd(channels, inner)
+        groups = max(g for g in range(1, max(min(channels, inner) // group_size, 2) + 1) if common % g == 0)
+        levels.append(Level(channels, groups, inner, math.gcd(groups, channels // 2)))
+        channels, inner = channels // 2, inner // 2
+    return [*levels, Level(channels, 1, inner, 0)]
+
+
+def _finest_attention(hidden: int) -> Layer:
+    """Squeeze-and-excitation with a quarter inside, as MobileNetV3 has it, on a block's finest level alone."""
+
+    def attention(channels: int) -> nn.Module:
+        if channels != hidden:
+            return nn.Identity()
+        return SqueezeExcite(channels, rd_channels=round_width(channels / 4), gate_layer="hard_sigmoid")
+
+    return attention
+
+
+_FITTED_SEGMENTATION: Reading = (
+    "fitted to print: Algorithm 1's levels, other groups, larger attention on the finest level alone",
+    lambda s_g: {"scheme": Scheme(plan=_any_two_groups), "attention": _finest_attention},
+)
 READINGS: dict[str, tuple[Reading, ...]] = {
     "mgic_resnet50": (
         (
@@ -182,6 +218,10 @@ READINGS: dict[str, tuple[Reading, ...]] = {
         ),
     ),
     "mg_mobilenetv2": (("section 4.1: random R and P", lambda s_g: {"transfer": sparse_random_pair}),),
+    "lraspp_mobilenetv3_small": (_POOL_FIRST,),
+    "lraspp_mobilenetv3_large": (_POOL_FIRST,),
+    "mgic_lraspp_small": (_FITTED_SEGMENTATION,),
+    "mgic_lraspp_large": (_FITTED_SEGMENTATION,),
 }
 """By model: what else its text can mean, and conventions found by fitting; never the count."""
 
@@ -217,7 +257,7 @@ def _counts(network: Network, size: Sequence[int], table_id: str) -> dict[str, i
 
 def _readings(name: str | None, overrides: Row, row: Row) -> Iterator[tuple[str, Network]]:
     for label, more in READINGS.get(str(name), ()):
-        yield label, _named(str(name), {**overrides, **more(overrides["group_size"])})
+        yield label, _named(str(name), {**overrides, **more(overrides.get("group_size"))})
     if "overrides" in (should_be := row.get("should_be", {})):
         changed = {key: value for key, value in should_be["overrides"].items() if value != overrides[key]}
         words = ", ".join(f"{key}={value}" for key, value in changed.items())

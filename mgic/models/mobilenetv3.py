@@ -1,6 +1,6 @@
 """MGIC-MobileNetV3: GhostNet's inverted bottlenecks as multigrid blocks (Eliasof et al. 2023, Sec. 4.3.2, Table 6)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,27 +133,59 @@ def mgic_mobilenetv3(
     if width <= 0:
         raise UserError(f"width must be positive, got {width}")
     layer = activation(act)
-    printed, before = STEM, round_width(STEM * width)
-    stem = ChannelChange(in_chans, before, stride=2, groups=1, act=layer)
-    stages: list[list[nn.Module]] = []
-    channels = [before]
-    for rows in TABLE_6:
-        stage: list[nn.Module] = []
+
+    def multigrid(block: Callable[..., nn.Module], channels: int, hidden: int) -> nn.Module:
+        return MGICBlock(block, channels, group_size, coarsest, hidden, correction, scheme)
+
+    stem = ChannelChange(in_chans, round_width(STEM * width), stride=2, groups=1, act=layer)
+    stages, channels = mgic_stages(TABLE_6, (1, 2, 2, 2, 2), multigrid, layer, width)
+    tail = round_width(TAIL * width)
+    stages[-1].append(ChannelChange(channels[-1], tail, kernel_size=1, groups=1, act=layer))
+    head = NormMlpClassifierHead(tail, num_classes, HEAD, global_pool, drop_rate, nn.Identity, layer)
+    return Classifier(stem, stages, head, [*channels[:-1], tail], [2, 2, 4, 8, 16, 32])
+
+
+def every_level(hidden: int) -> Layer:
+    """Squeeze-and-excitation on every level of a block, whatever its inner width."""
+    return squeeze_excite
+
+
+def mgic_stages(
+    table: Sequence[Sequence[Row]],
+    strides: Sequence[int],
+    multigrid: Callable[[Callable[..., nn.Module], int, int], nn.Module],
+    act: Callable[[], nn.Module],
+    width: float = 1.0,
+    attention: Callable[[int], Layer] = every_level,
+) -> tuple[list[nn.Sequential], list[int]]:
+    """Build the stages of a table: a `ChannelChange` wherever width or resolution changes, then the block.
+
+    Args:
+        table: Rows of each stage.
+        strides: Of each stage.
+        multigrid: ``(block, channels, hidden)`` makes the multigrid block of a row.
+        act: Makes the activations.
+        width: Multiplies all widths.
+        attention: Inner width of a row that has attention to what makes it on each level.
+
+    Returns:
+        The stages, and the widths of the stem and of each stage.
+    """
+    printed, channels, stages = STEM, [round_width(STEM * width)], []
+    for rows, stride in zip(table, strides, strict=True):
+        stage, before = nn.Sequential(), channels[-1]
         for i, row in enumerate(rows):
             after, hidden = round_width(row.channels * width), round_width(before * row.hidden / printed * width)
-            stride = 2 if stages and i == 0 else 1
-            if stride > 1 or after != before:
-                stage.append(ChannelChange(before, after, stride, act=layer))
-            attention = squeeze_excite if row.attention else nn.Identity
-            block = partial(InvertedBottleneck, kernel_size=row.kernel_size, attention=attention, act=layer)
-            stage.append(MGICBlock(block, after, group_size, coarsest, hidden, correction, scheme))
+            step = stride if i == 0 else 1
+            if step > 1 or after != before:
+                stage.append(ChannelChange(before, after, step, act=act))
+            attend = attention(hidden) if row.attention else nn.Identity
+            block = partial(InvertedBottleneck, kernel_size=row.kernel_size, attention=attend, act=act)
+            stage.append(multigrid(block, after, hidden))
             printed, before = row.channels, after
         stages.append(stage)
         channels.append(before)
-    channels[-1] = round_width(TAIL * width)
-    stages[-1].append(ChannelChange(before, channels[-1], kernel_size=1, groups=1, act=layer))
-    head = NormMlpClassifierHead(channels[-1], num_classes, HEAD, global_pool, drop_rate, nn.Identity, layer)
-    return Classifier(stem, [nn.Sequential(*stage) for stage in stages], head, channels, [2, 2, 4, 8, 16, 32])
+    return stages, channels
 
 
 def activation(act: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
