@@ -29,6 +29,7 @@ from .hierarchy import Level, plan_levels
 from .models import create_model, list_models
 from .models.mgnet import MgNet, paper_weights
 from .models.mobilenetv3 import round_width
+from .models.points import GraphStage
 from .models.resnet import MGIC_RESNET
 from .transfer import SparsePointwise, averaging_pair, sparse_random_pair
 
@@ -218,6 +219,7 @@ READINGS: dict[str, tuple[Reading, ...]] = {
         ),
     ),
     "mg_mobilenetv2": (("section 4.1: random R and P", lambda s_g: {"transfer": sparse_random_pair}),),
+    "dgcnn": (("fitted to print: the edge convolution on one edge a point", lambda s_g: {"k": 1}),),
     "lraspp_mobilenetv3_small": (_POOL_FIRST,),
     "lraspp_mobilenetv3_large": (_POOL_FIRST,),
     "mgic_lraspp_small": (_FITTED_SEGMENTATION,),
@@ -369,7 +371,7 @@ def _size(shape: Sequence[int]) -> str:
     channels, *spatial = shape[1:]
     if len(spatial) == 1:
         return f"{spatial[0]} x {channels}"
-    sides = sorted(set(spatial or [1]))
+    sides = sorted(set(spatial))
     return f"{sides[0]}^2 x {channels}" if len(sides) == 1 else f"{'x'.join(map(str, spatial))} x {channels}"
 
 
@@ -418,6 +420,9 @@ class _Layer:
         return facts
 
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, GraphStage, ClassifierHead, NormMlpClassifierHead)
+
+
 def _run_layers(model: nn.Module, input_size: Sequence[int]) -> list[_Layer]:
     """Return the layers of a network on the meta device in the order in which they run, containers opened."""
     layers: list[_Layer] = []
@@ -425,10 +430,11 @@ def _run_layers(model: nn.Module, input_size: Sequence[int]) -> list[_Layer]:
     def note(place: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if any(True for _ in module.parameters()) or inputs[0].numel() != output.numel():  # not what only reshapes
             stage = place.rpartition(".")[0]
-            layers.append(_Layer(stage, _describe(module), tuple(inputs[0].shape), tuple(output.shape), module))
+            taken = (*inputs[0].shape, *[1] * (1 + len(input_size) - inputs[0].dim()))  # a vector is a single position
+            layers.append(_Layer(stage, _describe(module), taken, tuple(output.shape), module))
 
     def watch(place: str, module: nn.Module) -> None:
-        if not place or type(module) in (nn.Sequential, nn.ModuleList, ClassifierHead, NormMlpClassifierHead):
+        if not place or type(module) in CONTAINERS:
             for name, child in module.named_children():
                 watch(f"{place}.{name}", child)
         else:
@@ -441,15 +447,15 @@ def _run_layers(model: nn.Module, input_size: Sequence[int]) -> list[_Layer]:
 
 
 def _merge(layers: Iterable[_Layer], repeat: bool) -> list[_Layer]:
-    """Join, within a stage, a change of width or resolution to the block it prepares; ``repeat``: and equal blocks to one."""
+    """Join, within a stage, a change of width or resolution to the block it prepares; ``repeat``: and equal layers to one."""
     merged: list[_Layer] = []
     for layer in layers:
         last = merged[-1] if merged else layer
-        same_stage = last is not layer and last.stage == layer.stage and layer.stage.startswith(".stages")
-        if same_stage and not isinstance(last.module, MGICBlock):
-            merged[-1] = replace(layer, input=last.input, text=f"{last.text}; {layer.text}")
-        elif same_stage and repeat and getattr(layer.module, "levels", None) == last.module.levels:
+        same_stage = last is not layer and last.stage == layer.stage
+        if same_stage and repeat and _describe(last.module) == _describe(layer.module):
             last.repetitions += 1
+        elif same_stage and layer.stage.startswith(".stages") and not isinstance(last.module, MGICBlock):
+            merged[-1] = replace(layer, input=last.input, text=f"{last.text}; {layer.text}")
         else:
             merged.append(layer)
     return merged
