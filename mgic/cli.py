@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from . import __version__
+from . import __version__, cli_bench
 from .errors import Stopped, UserError, suggest
 from .training.recipes import RECIPES, Recipe
 
@@ -583,6 +583,8 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
 EXTRAS = {
     "train": ("lightning", "tensorboard", "torchmetrics"),
     "plots": ("matplotlib",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
     "bench": ("fvcore",),
 }
 
@@ -627,6 +629,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
     "figure": ("a plot of the papers with our points", _add_figure, lambda args, given: _run_figure(args)),
     "train": ("train a network, or continue a run", _add_train, _run_train),
     "evaluate": ("measure the accuracy of a run", _add_evaluate, lambda args, given: _run_evaluate(args)),
+    "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
 }
@@ -644,6 +647,7 @@ EXAMPLES = {
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
 --model_args.NAME one of them.""",
     "evaluate": "  mgic evaluate runs/a --split train",
+    "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",
 }

@@ -1,0 +1,554 @@
+"""Networks timed side by side: every way to run each, in turns, with medians and spreads, outputs checked.
+
+Each way runs in a process of its own, because the thread pools of different runtimes disturb one another in one process, and
+because memory and crashes are then its own. Only one process computes at a time: in every round each is asked once, in
+turn, so that whatever else the machine does falls on all alike.
+"""
+
+import csv
+import ctypes
+import gc
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .counting import Cost, cost
+from .errors import UserError, suggest
+from .models import create_model
+from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
+
+TOLERANCE = 1e-4
+"""Largest relative difference from eager PyTorch of a path that counts."""
+PAUSE = 0.05
+"""Seconds between two processes: what it takes idle threads of a runtime to stop spinning."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to time, with random weights; where timm can merge its branches for inference, they are merged.
+
+    Args:
+        name: Registered name.
+        args: Arguments of the network.
+        size: Height and width of its input; its own by default.
+    """
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Network":
+        """Read ``name``, ``name@SIZE``, ``name:argument=value,...`` or ``name@SIZE:argument=value,...``.
+
+        Raises:
+            UserError: If the text is none of these.
+
+        Examples:
+            >>> Network.parse("mgic_resnet50@160:group_size=8,coarsest=16")
+            Network(name='mgic_resnet50', args={'group_size': 8, 'coarsest': 16}, size=160)
+        """
+        head, _, rest = text.partition(":")
+        name, _, size = head.partition("@")
+        pairs = [pair.partition("=") for pair in rest.split(",") if rest]
+        if not name or not all(key and equals and value for key, equals, value in pairs) or not (size or "1").isdigit():
+            raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}")
+        args = {key: yaml.safe_load(value) for key, _, value in pairs}
+        return cls(name, args, int(size) if size else None)
+
+    def __str__(self) -> str:
+        size = f"@{self.size}" if self.size else ""
+        args = ",".join(f"{key}={value}" for key, value in self.args.items())
+        return f"{self.name}{size}{':' if args else ''}{args}"
+
+    def build(self) -> tuple[nn.Module, tuple[int, ...]]:
+        """Return the network in eval mode and the size of its input; always with the same weights.
+
+        Norms get random weights and statistics: as they are initialised, some networks multiply a branch by zero, and no
+        check of an output would see what that branch does.
+
+        Raises:
+            UserError: If there is no such network, it does not take the arguments, or has no input size.
+        """
+        torch.manual_seed(0)
+        try:
+            model = create_model(self.name, **self.args)
+        except TypeError as error:
+            raise UserError(f"{self} cannot be built: {error}") from error
+        with torch.no_grad():
+            for norm in model.modules():
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
+                    for scale in (norm.weight, norm.running_var):
+                        scale.uniform_(0.5, 1.5)
+        config: Any = getattr(model, "pretrained_cfg", {})
+        if "input_size" not in config:
+            raise UserError(f"{self.name} says no input size; only networks for images can be timed")
+        channels, *own = config["input_size"]
+        return reparameterize_model(model.eval()), (channels, *([self.size] * 2 if self.size else own))
+
+    def cost(self) -> Cost:
+        """Count it, with branches merged."""
+        return cost(*self.build())
+
+
+def training_step(model: nn.Module, example_input: Tensor, threads: int) -> Run:
+    """One step of SGD in eager PyTorch, on random labels: forward, backward, update."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def run(x: Tensor) -> None:
+        logits = model(x)
+        loss = F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[1])
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+TRAINING = "training"
+WAYS = {**PATHS, TRAINING: training_step}
+"""What can be timed: every path of inference, and a training step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a network, how it is run, on how many inputs and threads."""
+
+    network: Network
+    path: str
+    batch: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was found for a case.
+
+    Args:
+        case: What was timed.
+        seconds: Time of one call in each round: the median of the calls of the round.
+        error: Largest relative difference from eager PyTorch.
+        build_seconds: What it took to make the path from the network.
+        peak_mib: Most memory in a call beyond what the process held before the network was made, weights and what
+            making the path left behind included; None where the system does not tell.
+        reason: Why there is no time.
+    """
+
+    case: Case
+    seconds: tuple[float, ...] = ()
+    error: float | None = None
+    build_seconds: float | None = None
+    peak_mib: float | None = None
+    reason: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds, in seconds; infinite where there is no time."""
+        return statistics.median(self.seconds) if self.seconds else float("inf")
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lower and upper quartile, of measured values themselves.
+
+    Examples:
+        >>> quartiles([5, 1, 4, 2, 3])
+        (2, 4)
+    """
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4], ordered[len(ordered) - 1 - (len(ordered) - 1) // 4]
+
+
+def _serve(pipe: Connection, case: Case) -> None:
+    """Make the path and say how that went; then, each time it is asked, say how long a call takes."""
+    torch.set_num_threads(case.threads)
+    try:
+        timing, run, x = _prepare(case)
+    except UserError as error:
+        pipe.send(Timing(case, reason=str(error)))
+        return
+    pipe.send(timing)
+    with suppress(EOFError):
+        while True:
+            pipe.send(_time_call(run, x, pipe.recv()))
+
+
+def _prepare(case: Case) -> tuple[Timing, Run, Tensor]:
+    F.conv2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3))  # what PyTorch loads for itself is nobody's memory
+    before = _resident("VmRSS")
+    model, size = case.network.build()
+    x = torch.randn(case.batch, *size)
+    expected = None if case.path == TRAINING else eager(model, x, case.threads)(x)
+    began = time.perf_counter()
+    run = WAYS[case.path](model, x, case.threads)
+    found = run(x)
+    took = time.perf_counter() - began
+    error = None if case.path == TRAINING else relative_error(found, expected)
+    if error is not None and error > TOLERANCE:
+        raise PathUnavailable(f"differs from eager by {error:.1e}")
+    del model, expected, found
+    gc.collect()
+    with suppress(OSError, AttributeError):  # memory that was freed goes back to the system, where the C library can
+        ctypes.CDLL(None).malloc_trim(0)
+    peak = _peak(lambda: run(x))
+    held = None if peak is None or before is None else (peak - before) / 2**20
+    return Timing(case, error=error, build_seconds=took, peak_mib=held), run, x
+
+
+def _time_call(run: Run, x: Tensor, seconds: float) -> float:
+    """Median time of the calls that fit into ``seconds``, at least one, after an untimed one."""
+    run(x)
+    times: list[float] = []
+    while sum(times) < seconds:
+        began = time.perf_counter()
+        run(x)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _resident(name: str) -> int | None:
+    """A figure of this process's memory in bytes, by Linux's name."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    words = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith(name)).split()
+    return int(words[1]) * 1024
+
+
+def _peak(call: Callable[[], object]) -> int | None:
+    """Most bytes of memory during a call."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+        call()
+        return _resident("VmHWM")
+    return None
+
+
+class _Worker:
+    """The process of one case."""
+
+    def __init__(self, context: Any, case: Case, serve: Callable[[Connection, Case], None]) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.timing, self.seconds = Timing(case), list[float]()
+
+    def receive(self) -> Any:
+        """Return its next answer; None if it died, which is then the reason."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            self.timing = Timing(self.timing.case, reason=f"its process ended with status {self.process.exitcode}")
+            return None
+
+    def ask(self, seconds: float) -> None:
+        """Time it once, if it can be timed."""
+        if self.timing.reason is None:
+            time.sleep(PAUSE)
+            with suppress(BrokenPipeError):  # it died since: receive says so
+                self.pipe.send(seconds)
+            answer = self.receive()
+            self.seconds += [] if answer is None else [answer]
+
+    def result(self) -> Timing:
+        """What was found."""
+        found = asdict(self.timing) | {"case": self.timing.case}
+        return Timing(**found | {"seconds": () if self.timing.reason else tuple(self.seconds)})
+
+    def stop(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join(timeout=5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def measure(
+    cases: Sequence[Case],
+    rounds: int,
+    seconds: float,
+    serve: Callable[[Connection, Case], None] = _serve,
+) -> list[Timing]:
+    """Time cases in the same rounds.
+
+    Args:
+        cases: What to time; all are held in memory at once.
+        rounds: How often each is asked.
+        seconds: How long each computes in a round.
+        serve: What the process of a case does.
+    """
+    with _workers(cases, serve) as workers:
+        for _ in range(rounds):
+            for worker in workers:
+                worker.ask(seconds)
+        return [worker.result() for worker in workers]
+
+
+@contextmanager
+def _workers(cases: Sequence[Case], serve: Callable[[Connection, Case], None]) -> Iterator[list[_Worker]]:
+    """The processes of the cases, ready to be asked; as many prepare themselves at once as there are processors."""
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])  # PyTorch is imported once, not by each
+    workers: list[_Worker] = []
+    waiting, preparing = deque(cases), dict[Any, _Worker]()
+    try:
+        while waiting or preparing:
+            while waiting and len(preparing) < (os.cpu_count() or 1):
+                workers.append(_Worker(context, waiting.popleft(), serve))
+                preparing[workers[-1].pipe] = workers[-1]
+            for pipe in wait(list(preparing)):
+                worker = preparing.pop(pipe)
+                worker.timing = worker.receive() or worker.timing
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases timed in the same rounds, and the network the others are compared with.
+
+    Args:
+        cases: What is timed.
+        peer: The network whose fastest path is the baseline of the others; None for no comparison.
+    """
+
+    cases: tuple[Case, ...]
+    peer: Network | None = None
+
+
+def group(
+    networks: Sequence[Network | str],
+    peer: Network | str | None = None,
+    paths: Sequence[str] = tuple(PATHS),
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+) -> Group:
+    """Every combination of networks (the peer among them), paths, batches and threads.
+
+    Raises:
+        UserError: If a path, a batch or a number of threads is none.
+    """
+    for path in paths:
+        if path not in WAYS:
+            raise UserError(f"there is no path {path!r}{suggest(path, WAYS)}")
+    for name, numbers in (("batch", batches), ("threads", threads)):
+        if not numbers or min(numbers) < 1:
+            raise UserError(f"{name} must be positive numbers, got {list(numbers)}")
+    first = [_network(peer)] if peer is not None else []
+    every = list(dict.fromkeys([*first, *map(_network, networks)]))
+    cases = [Case(n, path, batch, count) for batch in batches for count in threads for n in every for path in paths]
+    return Group(tuple(cases), first[0] if first else None)
+
+
+def _network(network: Network | str) -> Network:
+    return Network.parse(network) if isinstance(network, str) else network
+
+
+def compare(peer: Network, timings: Sequence[Timing], costs: Mapping[Network, Cost]) -> list[dict[str, Any]]:
+    """Hold each network, in its fastest path, against its peer in the fastest path of that one, in the same setting.
+
+    The time ratio is the median of the ratios of the rounds, the FLOP ratio that of the multiply-adds;
+    ``efficiency = FLOP ratio / time ratio``: 1 where a network is as much faster as it is smaller.
+    """
+    rows = []
+    settings = dict.fromkeys((t.case.batch, t.case.threads, t.case.path == TRAINING) for t in timings)
+    for setting in settings:
+        fastest: dict[Network, Timing] = {}
+        for one in timings:
+            same = (one.case.batch, one.case.threads, one.case.path == TRAINING) == setting
+            if same and one.seconds and one.median < fastest.get(one.case.network, Timing(one.case)).median:
+                fastest[one.case.network] = one
+        if peer not in fastest:
+            continue
+        base = fastest.pop(peer)
+        for network, one in fastest.items():
+            ratios = [a / b for a, b in zip(one.seconds, base.seconds, strict=True)]
+            flops, ratio = costs[network].macs / costs[peer].macs, statistics.median(ratios)
+            rows.append(
+                {
+                    "network": str(network),
+                    "path": one.case.path,
+                    "peer": str(peer),
+                    "peer_path": base.case.path,
+                    "batch": setting[0],
+                    "threads": setting[1],
+                    "flop_ratio": flops,
+                    "time_ratio": ratio,
+                    "time_ratio_quartiles": quartiles(ratios),
+                    "efficiency": flops / ratio,
+                }
+            )
+    return rows
+
+
+def thread_scaling(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Time on several threads over the time on one, of what was timed on both in the same rounds."""
+    single = {(t.case.network, t.case.path, t.case.batch): t for t in timings if t.case.threads == 1 and t.seconds}
+    rows = []
+    for one in timings:
+        base = single.get((one.case.network, one.case.path, one.case.batch))
+        if one.case.threads > 1 and base and one.seconds:
+            ratios = [a / b for a, b in zip(one.seconds, base.seconds, strict=True)]
+            case = {"network": str(one.case.network), "path": one.case.path, "batch": one.case.batch}
+            rows.append(
+                {
+                    **case,
+                    "threads": one.case.threads,
+                    "time_ratio": statistics.median(ratios),
+                    "time_ratio_quartiles": quartiles(ratios),
+                    "throughput_ratio": 1 / statistics.median(ratios),
+                }
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `run_benchmark` found: the rows of its tables, plain values."""
+
+    rounds: int
+    timings: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    scaling: list[dict[str, Any]]
+
+    def to_csv(self) -> str:
+        """The timings without the single rounds, as CSV."""
+        text = io.StringIO()
+        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in self.timings]
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def run_benchmark(
+    groups: Sequence[Group],
+    rounds: int = 9,
+    seconds: float = 0.15,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Benchmark:
+    """Time groups of cases, one group after the other.
+
+    Args:
+        groups: What to time.
+        rounds: How often each case is asked.
+        seconds: How long each case computes in a round.
+        folder: Where each finished group is kept; the same call again, of the same commit on the same machine, takes it
+            from there.
+        say: Told what is being done.
+
+    Raises:
+        UserError: If ``rounds`` or ``seconds`` is not positive, or a network cannot be built.
+    """
+    if rounds < 1 or not 0 < seconds < float("inf"):
+        raise UserError(f"rounds={rounds} and seconds={seconds} must be positive")
+    networks = dict.fromkeys(case.network for one in groups for case in one.cases)
+    costs = {network: network.cost() for network in networks}
+    found = Benchmark(rounds, [], [], [])
+    for number, one in enumerate(groups, 1):
+        names = ", ".join(dict.fromkeys(str(case.network) for case in one.cases))
+        say(f"{number} of {len(groups)}: {names}")
+        timings = _kept(one, rounds, seconds, folder / f"{number}.json" if folder else None)
+        found.timings.extend(_row(timing, costs[timing.case.network]) for timing in timings)
+        found.comparisons.extend(compare(one.peer, timings, costs) if one.peer else [])
+        found.scaling.extend(thread_scaling(timings))
+    return found
+
+
+def _kept(one: Group, rounds: int, seconds: float, file: Path | None) -> list[Timing]:
+    """The timings of a group: those of the file if it is of the same setting, else new ones, which the file then gets."""
+    from .training.checkpoint import write_json
+    from .training.records import commit, machine, versions
+
+    setting = {"cases": [asdict(case) for case in one.cases], "rounds": rounds, "seconds": seconds}
+    setting |= {"commit": commit(), "machine": machine(), "versions": versions()}
+    if file is not None and file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["setting"] == json.loads(json.dumps(setting)):
+            return [
+                Timing(case, **row | {"seconds": tuple(row["seconds"])})
+                for case, row in zip(one.cases, kept["timings"], strict=True)
+            ]
+    timings = measure(one.cases, rounds, seconds)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{key: value for key, value in asdict(t).items() if key != "case"} for t in timings]
+        write_json(file, {"setting": setting, "timings": rows})
+    return timings
+
+
+def _row(timing: Timing, counted: Cost) -> dict[str, Any]:
+    case = timing.case
+    spread = [1e3 * value for value in quartiles(timing.seconds)] if timing.seconds else [None, None]
+    return {
+        "network": str(case.network),
+        "input_size": "x".join(map(str, counted.input_size)),
+        "params": counted.params,
+        "macs": counted.macs,
+        "path": case.path,
+        "batch": case.batch,
+        "threads": case.threads,
+        "ms": 1e3 * timing.median if timing.seconds else None,
+        "ms_lower_quartile": spread[0],
+        "ms_upper_quartile": spread[1],
+        "error": timing.error,
+        "build_seconds": timing.build_seconds,
+        "peak_mib": timing.peak_mib,
+        "reason": timing.reason,
+        "seconds": list(timing.seconds),
+    }
+
+
+def plot(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
+    """Draw time against multiply-adds, each network in its fastest path, one panel for each batch and thread count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = [row for row in rows if row["ms"] is not None and row["path"] != TRAINING]
+    settings = list(dict.fromkeys((row["batch"], row["threads"]) for row in timed))
+    figure, axes = plt.subplots(1, max(len(settings), 1), figsize=(7 * max(len(settings), 1), 5), squeeze=False)
+    for axis, (batch, threads) in zip(axes[0], settings, strict=False):
+        fastest: dict[str, Mapping[str, Any]] = {}
+        for row in timed:
+            best = fastest.get(row["network"])
+            if (row["batch"], row["threads"]) == (batch, threads) and (best is None or row["ms"] < best["ms"]):
+                fastest[row["network"]] = row
+        for name, row in fastest.items():
+            ours = name.startswith("mg")
+            axis.plot(row["macs"] / 1e6, row["ms"], "o" if ours else "s", color="C0" if ours else "C1")
+            label = f"{name} ({row['path']})"
+            axis.annotate(label, (row["macs"] / 1e6, row["ms"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(xscale="log", yscale="log", xlabel="multiply-adds of one input [10⁶]", ylabel="time of a call [ms]")
+        axis.set_title(f"batch {batch}, {threads} thread(s)")
+        axis.margins(0.25)  # room for the names
+        axis.grid(visible=True, which="both", alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
