@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, suggest
-from . import functions, images, points
+from . import functions, images, masks, points
 from .base import Augmentation, Data, Split, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
@@ -42,6 +42,9 @@ LOADERS: dict[str, Callable[..., Data]] = {
     "images": images.folder,
     "cos_sin": functions.sampled(functions.COS_SIN),
     "cos_sin_family": functions.sampled(functions.COS_SIN_FAMILY),
+    "masks": masks.folder,
+    "camvid": masks.camvid,
+    "cityscapes": masks.cityscapes,
     "modelnet": points.modelnet,
     "solids": points.solids,
 }
