@@ -538,6 +538,46 @@ CAMVID = Recipe(
 The rate is that of training from scratch, and an epoch has 22 steps, so these are 2,200 steps of 90,000.
 """
 
+FUNCTIONS = Recipe(
+    model="mgic_function_net",
+    model_args={"c_max": 128},
+    data="cos_sin_family",
+    epochs=1000,
+    batch_size=20_000,
+    lr=0.0001,
+    momentum=0.0,
+    weight_decay=0.0,
+    schedule="step",
+    step_size=1,
+    gamma=1.0,
+    eval_batch_size=20_000,
+)
+"""Approximation of the functions a cos(bx) sin(cy) (Eliasof et al. 2023, Sec. 4.2, Figure 4): SGD at a constant rate.
+
+Ten folds are the paper's: ``data_args.fold`` 0 to 9. Neither momentum nor weight decay is mentioned, so there is none.
+"""
+
+FUNCTIONS_WORKSHOP = replace(
+    FUNCTIONS,
+    model_args={"widths": [192, 192], "expansion": 2},
+    data="cos_sin",
+    batch_size=128,
+)
+"""Approximation of cos(x) sin(20y) by the workshop paper's network (Sec. B.1, Table 4), with alpha = 1.2."""
+
+FUNCTIONS_SMALL = replace(
+    FUNCTIONS,
+    data="cos_sin",
+    epochs=10,
+    batch_size=1000,
+    lr=0.1,
+    momentum=0.9,
+    nesterov=True,
+    schedule="onecycle",
+    step_size=0,
+)
+"""The one function of the workshop paper by the networks of Table 2, small enough for a CPU: 470 steps instead of 475,000."""
+
 RECIPES: dict[str, Recipe] = {
     "digits": DIGITS,
     "fashion_mnist": FASHION_MNIST,
@@ -557,5 +597,8 @@ RECIPES: dict[str, Recipe] = {
     "camvid": CAMVID,
     "modelnet10": MODELNET10,
     "solids": SOLIDS,
+    "functions": FUNCTIONS,
+    "functions_workshop": FUNCTIONS_WORKSHOP,
+    "functions_small": FUNCTIONS_SMALL,
 }
 """Every recipe by its name on the command line: our own, and one per published experiment."""
