@@ -146,11 +146,13 @@ def _read_crop(files: MaskedImages, flip: float, index: int) -> tuple[Tensor, Te
 
     image, mask = _read_bytes(files, index)
     crops = files.crops
+    factor = float(torch.empty(()).uniform_(*crops.scale))
+    height, width = (max(round(side * factor), 1) for side in mask.shape)
     # Padding has the mean colour, zero for the network, and no class.
     fill: dict[type | str, Any] = {tv_tensors.Image: [round(255 * m) for m in IMAGENET_MEAN], tv_tensors.Mask: VOID}
     transform = v2.Compose(
         [
-            v2.ScaleJitter(files.pairs[index].size, crops.scale, antialias=True),  # relative to the image's own size
+            v2.Resize((height, width)),
             v2.RandomCrop(crops.size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(flip),
         ]

@@ -513,11 +513,11 @@ CITYSCAPES_LRASPP = Recipe(
     eval_batch_size=1,
     workers=8,
 )
-"""Segmentation of Cityscapes (Eliasof et al. 2023, Sec. 4.4, Table 9), trained as DeepLabV3 (Chen et al. 2017, Sec. 4).
+"""Segmentation of Cityscapes (Eliasof et al. 2023, Sec. 4.4, Table 9), trained as DeepLabV3 (Chen et al. 2017).
 
 The paper names that work for augmentation and optimization and prints nothing else: crops of 769, scales from a half to
-two, flips, batch 16, rate 0.007 with the poly schedule of power 0.9, 90,000 steps, which are 486 epochs of 185. DeepLabV3
-starts from ImageNet's weights; whether this one did is not said. The weight decay is that of DeepLab's program.
+two, flips, batch 16, rate 0.007 with the poly schedule of power 0.9, and 90,000 steps, which are 486 epochs of 185.
+DeepLabV3 starts from ImageNet's weights; whether the paper's networks did is not said.
 """
 
 CAMVID = Recipe(
