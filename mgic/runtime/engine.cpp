@@ -29,7 +29,7 @@ constexpr int L = LANES;
 constexpr int BLOCK = L == 16 ? 8 : 4;  // 8 x 3 accumulators fill 32 registers, 4 x 3 fill 16
 constexpr int TILE = 3;
 constexpr int DEPTH_BLOCK = 256;  // taps whose pixels stay in the first-level cache while all output blocks use them
-constexpr int64_t ALIGNMENT = 64;
+constexpr int64_t SCRATCH_FLOATS = 4096;
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef float loose __attribute__((vector_size(4 * L), aligned(4), may_alias));
@@ -484,30 +484,34 @@ void windows(const Op& op, float* arena, int me, int threads, float padding) {
   const Scratch s(op);
   const int rows = (op.height - 1) * op.stride_h + (op.kernel_h - 1) * op.dilation_h + 1;
   const size_t floats = size_t(rows) * size_t(s.row) + 2 * L;
-  if (memory.size() < floats) memory.resize(floats);
-  float* scratch = memory.data();
-  std::fill_n(scratch, floats, padding);
-  const int last = rows - op.pad_h < op.in_height ? rows - op.pad_h : op.in_height;
   const Share share(op.channels / op.multiplier, me, threads);
+  // Some channels are copied before the first is read: what was just stored cannot be loaded at once in other pieces.
+  const int64_t together = std::clamp<int64_t>(SCRATCH_FLOATS / int64_t(floats), 1, 8);
+  if (memory.size() < floats * size_t(together)) memory.resize(floats * size_t(together));
+  std::fill_n(memory.data(), floats * size_t(together), padding);
+  const int last = std::min(rows - op.pad_h, op.in_height);
   const int gap = op.y_row - op.width;
-  for (int64_t source = share.begin; source < share.end; ++source) {
-    const float* x = arena + op.x + source * op.x_plane;
-    for (int r = 0; r < last; ++r)
-      scratch_row<S>(op, s, x + int64_t(r) * op.x_row, scratch + int64_t(r + op.pad_h) * s.row, padding);
-    for (int m = 0; m < op.multiplier; ++m) {
-      const int channel = int(source) * op.multiplier + m;
+  for (int64_t begin = share.begin; begin < share.end; begin += together) {
+    const int64_t end = std::min(begin + together, share.end);
+    for (int64_t source = begin; source < end; ++source) {
+      const float* x = arena + op.x + source * op.x_plane;
+      float* scratch = memory.data() + (source - begin) * int64_t(floats) + int64_t(op.pad_h) * s.row;
+      for (int r = 0; r < last; ++r) scratch_row<S>(op, s, x + int64_t(r) * op.x_row, scratch + int64_t(r) * s.row, padding);
+    }
+    for (int channel = int(begin) * op.multiplier; channel < int(end) * op.multiplier; ++channel) {
+      const float* scratch = memory.data() + (channel / op.multiplier - begin) * int64_t(floats);
       const float* w = Act::WEIGHTED ? op.weight + int64_t(channel) * op.kernel_h * op.kernel_w : nullptr;
       const float start = Act::WEIGHTED ? op.bias[channel] : padding;
       const float* counts = Act::WEIGHTED ? nullptr : op.weight;
       int y = 0;
       const auto from = [&](int row) { return scratch + int64_t(row) * op.stride_h * s.row; };
+      if (Act::WEIGHTED && S)
+        for (; y + 7 <= op.height; y += 7) window_rows<Act, K, S, 7>(op, arena, from(y), s, w, start, channel, y, counts);
       for (; y + 4 <= op.height; y += 4) window_rows<Act, K, S, 4>(op, arena, from(y), s, w, start, channel, y, counts);
-      if (y + 2 <= op.height) window_rows<Act, K, S, 2>(op, arena, from(y), s, w, start, channel, y, counts), y += 2;
-      if (y < op.height) window_rows<Act, K, S, 1>(op, arena, from(y), s, w, start, channel, y, counts);
+      for (; y < op.height; y += 1) window_rows<Act, K, S, 1>(op, arena, from(y), s, w, start, channel, y, counts);
       if (op.mask) {
         float* out = arena + op.y + channel * op.y_plane;
-        for (int r = 0; r < op.height; ++r)
-          std::memset(out + int64_t(r) * op.y_row + op.width, 0, sizeof(float) * size_t(gap));
+        for (int r = 0; r < op.height; ++r) std::memset(out + int64_t(r) * op.y_row + op.width, 0, sizeof(float) * size_t(gap));
         const int64_t body = int64_t(op.height) * op.y_row, full = (body + L - 1) / L * L;
         std::memset(out + body, 0, sizeof(float) * size_t(full - body));
       }
@@ -595,9 +599,11 @@ void mean(const Op& op, float* arena, int me, int threads) {
         for (; i + L <= width; i += L) sums[0] += load(x + i);
         for (; i < width; ++i) tail += x[i];
       }
-      const vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      for (int i = 0; i < L; ++i) tail += sum[i];
-      means[c] = tail * scale;
+      alignas(64) float part[L];
+      *reinterpret_cast<vec*>(part) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (int half = L / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+      means[c] = (part[0] + tail) * scale;
     }
     vec acc[1][1] = {{load(means)}};
     finish<1, 1, true>(acc, op, arena, block * L, 0, int(block) * L, 0);
