@@ -2,7 +2,8 @@
 
 Each solid is an outline that is turned around an axis along a circle, a square or a triangle. So a cylinder, a box and a
 prism differ in their cross-section alone, a cylinder and a tube in what one sees inside. Solids are stretched and sheared at
-random, faces turned away from a random viewer are missing, the surface is noisy, the axis leans, and all headings occur.
+random, what is turned away from a random viewer or out of sight is missing, the surface is noisy, the axis leans, and all
+headings occur.
 """
 
 from __future__ import annotations
@@ -145,14 +146,15 @@ def lean(random: Random, tilt: float) -> Array:
 
 
 def solid(
-    family: str, random: Random, hidden: float = 0.4, noise: float = 0.015, tilt: float = 20, shear: float = 0.5
+    family: str, random: Random, hidden: float = 0.4, noise: float = 0.015, tilt: float = 30, shear: float = 0.5
 ) -> tuple[Array, Array]:
     """Draw one solid.
 
     Args:
         family: One of `FAMILIES`.
         random: Source of all randomness.
-        hidden: Largest share of the surface that is missing: the faces that are turned away most from a random viewer.
+        hidden: Largest share of the surface that is turned away from a random viewer and so missing; and then, of what is
+            left, the largest share that is out of sight on one side of a random plane.
         noise: Largest standard deviation of the vertices' noise; the solid reaches from -1 to 1.
         tilt: Largest angle of its axis to the vertical, in degrees.
         shear: Largest shift of one axis by another.
@@ -165,13 +167,59 @@ def solid(
     vertices = vertices * np.exp(random.uniform(-math.log(3), 0, 3))  # one third to one, along each axis
     vertices = vertices + vertices @ np.triu(random.uniform(-shear, shear, (3, 3)), 1)
     vertices /= np.abs(vertices).max()
-    a, b, c = (vertices[faces[:, i]] for i in range(3))
-    normals = np.cross(b - a, c - a)
-    areas = np.linalg.norm(normals, axis=1)
-    order = np.argsort(normals @ random.standard_normal(3) / areas, kind="stable")
-    seen = order[np.cumsum(areas[order]) >= random.uniform(0, hidden) * areas.sum()]
+    for of_faces in (_directions, _centres):
+        faces = _without_lowest(faces, vertices, of_faces(vertices[faces]) @ random.standard_normal(3), random, hidden)
     vertices = vertices + random.uniform(0, noise) * random.standard_normal(vertices.shape)
-    return vertices @ lean(random, math.radians(tilt)).T, faces[np.sort(seen)]
+    return vertices @ lean(random, math.radians(tilt)).T, faces
+
+
+def _directions(triangles: Array) -> Array:
+    """Unit normals of triangles, ``(F, 3, 3) -> (F, 3)``."""
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    unit: Array = normals / np.linalg.norm(normals, axis=1, keepdims=True)
+    return unit
+
+
+def _centres(triangles: Array) -> Array:
+    centres: Array = triangles.mean(axis=1)
+    return centres
+
+
+def _without_lowest(faces: Array, vertices: Array, height: Array, random: Random, hidden: float) -> Array:
+    """Leave out the faces of least height, up to a random share of the area."""
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    areas = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    order = np.argsort(height, kind="stable")
+    seen = order[np.cumsum(areas[order]) >= random.uniform(0, hidden) * areas.sum()]
+    left: Array = faces[np.sort(seen)]
+    return left
+
+
+def extents_and_moments(points: Array) -> Array:
+    """Gross shape, the yardstick of this set: a linear model on these numbers must not do what a network can.
+
+    Extents and second to fourth moments of the centred cloud, along the given axes and along its principal ones, with mixed
+    moments, and the mean powers of the distance to the centre.
+
+    Shape:
+        ``(P, 3) -> (46,)``
+    """
+    points = points - points.mean(axis=0)
+    points = points / np.sqrt((points**2).sum(axis=1).mean())
+    principal = points @ np.linalg.eigh(points.T @ points)[1]
+    principal = principal * np.where((principal**3).sum(axis=0) < 0, -1, 1)  # the longer side ahead
+    numbers = []
+    for cloud in (points, principal):
+        first, second = cloud[:, [0, 0, 1]], cloud[:, [1, 2, 2]]
+        numbers += [
+            cloud.max(axis=0),
+            cloud.min(axis=0),
+            (first * second).mean(axis=0),
+            (first**2 * second**2).mean(axis=0),
+        ]
+        numbers += [(cloud**power).mean(axis=0) for power in (2, 3, 4)]
+    radius = np.linalg.norm(points, axis=1)
+    return np.concatenate([*numbers, [radius.min(), radius.max(), radius.mean(), (radius**3).mean()]])
 
 
 def write_off(path: Path, vertices: Array, faces: Array) -> None:
