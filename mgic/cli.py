@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .counting import Part
     from .data import Data, Task
-    from .training import RunSummary
+    from .training import RunSummary, SavedRun
 
 DESCRIPTION = """Multigrid in channels: networks whose cost grows linearly with their width.
 
@@ -501,11 +501,7 @@ def _run_evaluate(args: Namespace) -> int:
     if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
         data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
     model = _builder(recipe, data)()
-    try:
-        model.load_state_dict(saved.state_dict)
-    except RuntimeError as error:
-        reason = "; ".join(str(error).split("\n\t")[1:3])
-        raise UserError(f"{args.run}: its weights do not fit {recipe.model} for {data.name}: {reason}") from error
+    _load_weights(model, saved, args.run, data.name)
     result = evaluate(model, data, args.split, batch_size=recipe.eval_batch_size, workers=recipe.workers)
     if args.json:
         _print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
@@ -517,6 +513,60 @@ def _run_evaluate(args: Namespace) -> int:
         _console().print(f"{recipe.model} on {data.name} ({args.split}): {text}")
         for name, value in result.items():
             _console().print(f"  {name:<24} {value:6.2f}")
+    return 0
+
+
+def _load_weights(model: "nn.Module", saved: "SavedRun", run: Path, data: str) -> None:
+    try:
+        model.load_state_dict(saved.state_dict)
+    except RuntimeError as error:
+        reason = "; ".join(str(error).split("\n\t")[1:3])
+        raise UserError(f"{run}: its weights do not fit {saved.recipe.model} for {data}: {reason}") from error
+
+
+def _add_predict(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("inputs", nargs="+", type=Path, help="images, point clouds, or folders of them")
+    parser.add_argument("--out", type=Path, default=None, help="folder for overlays, masks and predictions.json")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run_predict(args: Namespace) -> int:
+    from .prediction import Predictor, files_in
+    from .training import load_run
+    from .training.checkpoint import check_writable, read_json, write_json
+    from .training.outside import progress_bar
+
+    files = files_in(args.inputs)
+    if args.out is not None:
+        stems = [path.stem for path in files]
+        twice = next((path for path in files if stems.count(path.stem) > 1), None)
+        if twice is not None:
+            raise UserError(f"{twice}: another input has the same name, so that --out could not hold both")
+        check_writable(args.out / "predictions.json")
+    _set_threads(args.threads)
+    saved, data = load_run(args.run), read_json(args.run / "data.json")
+    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **saved.recipe.model_args}
+    model = _build(saved.recipe.model, arguments)
+    _load_weights(model, saved, args.run, data["name"])
+    predictor, said = Predictor(model.eval(), saved.recipe, data), []
+    with progress_bar(None, len(files)) as show:
+        for count, path in enumerate(files, 1):
+            said.append(predictor(path, args.out))
+            show(count, path.name)
+    if args.out is not None:
+        write_json(args.out / "predictions.json", {"model": saved.recipe.model, "predictions": said})
+    if args.json:
+        _print_json(said)
+        return 0
+    for one in said:
+        shares = one.get("per_cent_of_pixels")
+        if shares is None:
+            text = f"{one['class']} ({100 * one['probability']:.1f} %)"
+        else:
+            text = ", ".join(f"{name} {share:g} %" for name, share in sorted(shares.items(), key=lambda s: -s[1]))
+        _console().print(f"{one['file']}: {text}")
     return 0
 
 
@@ -628,7 +678,8 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
     "table": ("a table of the papers beside our counts", _add_table, lambda args, given: _run_table(args)),
     "figure": ("a plot of the papers with our points", _add_figure, lambda args, given: _run_figure(args)),
     "train": ("train a network, or continue a run", _add_train, _run_train),
-    "evaluate": ("measure the accuracy of a run", _add_evaluate, lambda args, given: _run_evaluate(args)),
+    "evaluate": ("measure how good a run is", _add_evaluate, lambda args, given: _run_evaluate(args)),
+    "predict": ("say what is in images or point clouds", _add_predict, lambda args, given: _run_predict(args)),
     "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
@@ -647,6 +698,8 @@ EXAMPLES = {
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
 --model_args.NAME one of them.""",
     "evaluate": "  mgic evaluate runs/a --split train",
+    "predict": """  mgic predict runs/camvid photo.jpg folder/ --out overlays
+  mgic predict runs/solids cup.off --json""",
     "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",

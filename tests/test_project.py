@@ -20,6 +20,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"models", "data"},
     {"scaling", "tables", "runtime"},
     {"training", "reporting"},
+    {"prediction"},
     {"benchmarking"},
     {"cli_bench"},
     {"cli", "__main__", "__init__"},

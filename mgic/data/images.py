@@ -144,11 +144,8 @@ class ImageFiles:
         return read_batches(read, [b.tolist() for b in batches], key, workers, self.device)
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The shorter side resized to 8/7 of ``size`` (256 for 224), then the centre."""
-        from torchvision.transforms import v2
-
-        transform = v2.Compose([v2.PILToTensor(), v2.Resize(self.size * 8 // 7), v2.CenterCrop(self.size)])
-        read = partial(_read_image, self.samples, transform)
+        """The centres of the images; see `centre_crop`."""
+        read = partial(_read_image, self.samples, partial(centre_crop, self.size))
         return read_batches(read, in_order(len(self), batch_size), (), workers, self.device)
 
 
@@ -172,6 +169,24 @@ def open_image(path: Path) -> Any:
             return file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded as an image ({error}); remove or replace it") from error
+
+
+def centre_crop(size: int, picture: Any) -> Tensor:
+    """Resize the shorter side of a picture of Pillow to 8/7 of ``size`` (256 for 224) and cut out the centre, uint8."""
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.PILToTensor(), v2.Resize(size * 8 // 7), v2.CenterCrop(size)])
+    return transform(picture)  # type: ignore[no-any-return]
+
+
+def whole_image(size: tuple[int, int, int], margin: int, picture: Any) -> Tensor:
+    """Resize a picture of Pillow to what a set in memory has, ``(C, H, W)`` with a black margin, uint8."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    channels, height, width = size
+    image = transforms.pil_to_tensor(picture.convert("L") if channels == 1 else picture)
+    inner = [height - 2 * margin, width - 2 * margin]
+    return F.pad(transforms.resize(image, inner, antialias=True), (margin,) * 4)
 
 
 def padded(data: Data, pixels: int) -> Data:

@@ -263,7 +263,8 @@ def _crops(size: Side, scale: Factor) -> Crops:
     return crops
 
 
-def _inference(window: Side | None) -> Callable[[nn.Module, Tensor], Tensor]:
+def inference(window: Side | None) -> Callable[[nn.Module, Tensor], Tensor]:
+    """How a network sees an image: whole, or in windows of that height and width (`sliding_window`)."""
     return whole_image if window is None else partial(sliding_window, _two(window, "window", int))
 
 
@@ -304,7 +305,7 @@ def folder(
     if not (isinstance(named, list | tuple) and named and all(isinstance(c, str) for c in named)):
         raise UserError(f"data_args: classes must be their names or their number, got {classes!r}")
     note = f"images and masks of {root.name}"
-    return _folder(root, root.name, named, test, _crops(crop_size, scale), _inference(window), note)
+    return _folder(root, root.name, named, test, _crops(crop_size, scale), inference(window), note)
 
 
 def camvid(
@@ -326,9 +327,7 @@ def camvid(
         window: See `folder`.
         test: ``test`` or ``val``.
     """
-    return _folder(
-        root / "camvid", "camvid", list(CAMVID), test, _crops(crop_size, scale), _inference(window), "CamVid"
-    )
+    return _folder(root / "camvid", "camvid", list(CAMVID), test, _crops(crop_size, scale), inference(window), "CamVid")
 
 
 def _folder(
@@ -393,7 +392,7 @@ def cityscapes(
         splits.append(tuple(pairs))
     classes = [c.name for c in trained]
     note = "Cityscapes, fine annotations: {:,} train and {:,} val images"
-    return _data("cityscapes", splits, classes, labels, _crops(crop_size, scale), _inference(window), note)
+    return _data("cityscapes", splits, classes, labels, _crops(crop_size, scale), inference(window), note)
 
 
 def sliding_window(window: tuple[int, int], model: nn.Module, x: Tensor) -> Tensor:
