@@ -29,6 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..data import Augmentation, Data, epoch_order, random_key
 from ..errors import Stopped, UserError
 from .checkpoint import SCHEMA, RunFolder, save_weights, write_json
+from .fast import fast_training_
 from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
 from .recipes import Recipe
 from .records import provenance, versions
@@ -281,6 +282,8 @@ class _Run:
         model = model.to(fabric.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        if fabric.device.type == "cpu" and not recipe.compile:
+            fast_training_(model)
         self.normalize = data.normalizer(fabric.device)
         self.average = deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
         if recipe.compile:
