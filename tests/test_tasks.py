@@ -53,7 +53,7 @@ def linear_data():
     return Data("linear", numbers(40, 0), numbers(10, 1), regression(2, "numbers"), (2,), "made up")
 
 
-LINEAR = replace(RECIPE, model="linear", data="linear", epochs=8, checkpoint_every=0, crop_padding=0, flip=False)
+LINEAR = replace(RECIPE, model="linear", data="linear", epochs=20, checkpoint_every=0, crop_padding=0, flip=False)
 LINEAR = replace(LINEAR, ema_decay=0.0)
 
 
