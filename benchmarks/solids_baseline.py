@@ -35,8 +35,9 @@ def main() -> None:
         print(f"{name}: {values[0]:.2f} %")
     if args.record:
         command = shlex.join(["python", "benchmarks/solids_baseline.py", "--record", args.record])
-        note = f"logistic regression on {numbers['train'].shape[1]} extents and moments of all stored points; no seed plays a part"
-        write_record(args.record, make_record(command, data.note, [0], metrics, [note]))
+        count = numbers["train"].shape[1]
+        notes = [f"logistic regression on {count} extents and moments of all stored points; it draws no random numbers"]
+        write_record(args.record, make_record(command, data.note, [0], metrics, notes))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,17 @@ from mgic import UserError
 from mgic.cli import main
 from mgic.data import Augmentation, load_data
 from mgic.data.points import Changes, PointClouds, prepare_points, read_off, read_points, sample_surface
-from mgic.data.solids import FAMILIES, Random, circle, extents_and_moments, solid, turn, write_off, write_solids
+from mgic.data.solids import (
+    FAMILIES,
+    VERSION,
+    Random,
+    circle,
+    extents_and_moments,
+    solid,
+    turn,
+    write_off,
+    write_solids,
+)
 
 SQUARE = "OFF\n4 1 0\n0 0 0\n2 0 0\n2 1 0\n0 1 0\n4 0 1 2 3\n"
 
@@ -172,6 +182,18 @@ def test_a_solid_shows_at_least_what_is_not_hidden_and_repeats():
     assert min(counts) < 0.8 * whole
 
 
+FACES = [215, 391, 255, 211, 229, 222, 212, 267, 373, 369]
+SIZES = [269.8106, 390.1311, 272.9032, 287.9347, 367.2859, 192.3343, 237.9825, 260.3428, 305.4394, 421.2263]
+
+
+def test_solids_of_a_version_stay_what_they_are():
+    """What was drawn when this version began; folders written then are still read."""
+    assert VERSION == 1
+    drawn = [solid(family, Random(0)) for family in FAMILIES]
+    assert [len(faces) for _, faces in drawn] == FACES
+    assert [float(np.abs(vertices).sum()) for vertices, _ in drawn] == pytest.approx(SIZES, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -180,7 +202,7 @@ def root(tmp_path_factory):
 
 
 def test_solids_are_written_once_and_read_as_modelnet_is(root):
-    folder = root / "solids-2-1"
+    folder = root / f"solids-v{VERSION}-2-1"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.off")}
     assert len(before) == 30
     generated = load_data("solids", root, points=64, train=2, test=1)

@@ -24,6 +24,8 @@ from .base import random_key
 Array = np.ndarray[Any, Any]
 Random = np.random.RandomState  # the legacy generator: its stream is frozen for ever
 
+VERSION = 1
+"""In the name of the folder: to be raised with every change that would draw other solids."""
 SIDES = 24
 """Points around a cross-section: a multiple of the corners of all of them."""
 
@@ -243,7 +245,7 @@ def write_solids(root: Path, train: int, test: int) -> Path:
     Raises:
         UserError: The folder cannot be written.
     """
-    folder = root / f"solids-{train}-{test}"
+    folder = root / f"solids-v{VERSION}-{train}-{test}"
     if folder.is_dir():
         return folder
     try:
