@@ -351,14 +351,15 @@ def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[
 
 
 def _accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> dict[str, Any] | None:
-    """Return what the longest training of a row's network reached."""
+    """Return what the longest training of a row's network reached: accuracy, or mean IoU."""
     found = list(_matching(name, overrides, dataset, records))
     if not found:
         return None
     record = max(found, key=lambda record: (record["recipe"]["epochs"], record["n"], record["date"]))
     metrics = record["metrics"]
+    score = "miou" if "test_miou" in metrics else "accuracy"
     return {
-        **{kind: {k: metrics[f"{kind}_accuracy"][k] for k in ("mean", "std")} for kind in ("train", "test")},
+        **{kind: {k: metrics[f"{kind}_{score}"][k] for k in ("mean", "std")} for kind in ("train", "test")},
         "n": record["n"],
         "epochs": record["recipe"]["epochs"],
         "data": record["data"],

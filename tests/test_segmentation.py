@@ -54,6 +54,18 @@ def test_table_9_is_complete_and_the_dense_networks_are_as_printed():
             assert abs(fitted["deviation"]["macs"]) <= 5
 
 
+def test_a_record_of_cityscapes_stands_in_its_row_with_its_mean_iou():
+    metric = {"mean": 61.5, "std": 0.5, "values": [61.0, 62.0]}
+    record = {
+        "recipe": {"model": "mgic_lraspp_small", "data": "cityscapes", "model_args": {}, "epochs": 3},
+        "metrics": {"train_miou": {**metric, "mean": 70.0}, "test_miou": metric},
+        **{"n": 2, "date": "2026", "data": "made up", "file": "results/r.json"},
+    }
+    rows = {row["row"]: row["accuracy"] for row in build_table("mgic-9", [record])["rows"]}
+    assert rows.pop("MGIC-Small s_g = 64")["test"] == {"mean": 61.5, "std": 0.5}
+    assert set(rows.values()) == {None}
+
+
 def varied(model):
     """Running statistics and norms that are not the identity, in eval mode."""
     for module in model.modules():

@@ -118,6 +118,10 @@ def test_unknown_arguments_of_a_data_set_are_refused_with_the_known_ones(tmp_pat
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="has no argument 'imagesize'; did you mean image_size"):
         load_data(f"images:{tmp_path}", imagesize=3)
+    with pytest.raises(UserError, match="image_size must be a positive integer, got 'big'"):
+        load_data(f"images:{tmp_path}", image_size="big")
+    with pytest.raises(UserError, match="num_classes must be a positive integer, got 0"):
+        load_data("a.npz", num_classes=0)
 
 
 # Files read by workers

@@ -276,6 +276,8 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
         download: Changes nothing.
         num_classes: Default: the largest training label plus one.
     """
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise UserError(f"data_args: num_classes must be a positive integer, got {num_classes!r}")
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
@@ -306,6 +308,8 @@ def folder(path: Path, download: bool, *, image_size: int = 224) -> Data:
         download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
     """
+    if type(image_size) is not int or image_size < 1:
+        raise UserError(f"data_args: image_size must be a positive integer, got {image_size!r}")
     from torchvision.datasets import ImageFolder
 
     test_name = "val" if (path / "val").is_dir() else "test"

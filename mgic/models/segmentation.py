@@ -93,11 +93,16 @@ class Pyramid(nn.Module):
     def __init__(self, stages: Sequence[nn.Module], channels: Sequence[int], reductions: Sequence[int]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        self.channels, self.reductions = list(channels), list(reductions)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Width and stride of each of the features."""
         info = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (width, reduction) in enumerate(zip(channels, reductions, strict=True))
+            for i, (width, reduction) in enumerate(zip(self.channels, self.reductions, strict=True))
         ]
-        self.feature_info = FeatureInfo(info, tuple(range(len(info))))
+        return FeatureInfo(info, tuple(range(len(info))))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of every stage."""
