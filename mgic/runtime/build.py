@@ -1,7 +1,7 @@
 """Compile the engine on first use, keep it in a cache, load it.
 
-The library is built by the C++ compiler of the machine (``CXX``, or the first of ``c++``, ``g++``, ``clang++``), once for each
-instruction set that is used, into a file named after everything it depends on. Processes that start together may both
+The library is built by the C++ compiler of the machine (``CXX``, or the first of ``c++``, ``g++``, ``clang++``), once for
+each instruction set that is used, into a file named after everything it depends on. Processes that start together may both
 compile; each writes its own file and renames it into place, so none ever sees half a library.
 """
 
@@ -44,7 +44,9 @@ def instruction_set() -> str:
     usable = [name for name, (_, _, needs) in INSTRUCTION_SETS.items() if needs <= has]
     wanted = os.environ.get("MGIC_ISA", "")
     if wanted and wanted not in usable:
-        raise EngineUnavailable(f"MGIC_ISA={wanted!r} cannot be used on this processor: choose from {', '.join(usable)}")
+        raise EngineUnavailable(
+            f"MGIC_ISA={wanted!r} cannot be used on this processor: choose from {', '.join(usable)}"
+        )
     return wanted or usable[0]
 
 

@@ -43,7 +43,7 @@ from .ops import (
 )
 
 
-class EngineUnavailable(UserError):
+class EngineUnavailable(UserError):  # noqa: N818  (a reason to report, as a rule)
     """The engine cannot run here, or cannot run this network; the text says why."""
 
 
@@ -79,11 +79,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation. Tensors that depend on the image have a value; all others are constants."""
 
     def __init__(self, image: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.image = image
         self.ops: list[Op] = []
         self.shapes: list[tuple[int, ...]] = []
@@ -127,7 +127,9 @@ class _Recorder(TorchDispatchMode):
             self._record(func, arguments, read, args, kwargs, out)
         return out
 
-    def _record(self, func: Any, arguments: dict[str, Any], read: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
+    def _record(
+        self, func: Any, arguments: dict[str, Any], read: list[Tensor], args: Any, kwargs: Any, out: Any
+    ) -> None:
         name = func._schema.name.removeprefix("aten::")
         for tensor in read:
             if id(tensor) in self.lost:
@@ -251,23 +253,27 @@ def _convolution(recorder: _Recorder, a: dict[str, Any], outputs: list[Tensor]) 
     return recorder.emit(conv, (x,), outputs[0])
 
 
-@_handles("addmm", "mm", "linear")
-def _linear(recorder: _Recorder, a: dict[str, Any], outputs: list[Tensor]) -> Any:
-    tensor = a.get("mat1", a.get("input", a["self"]) if "mat1" not in a else None)
-    weight = a["mat2"].t() if "mat2" in a else a["weight"]
-    bias = a["self"] if "mat1" in a else a.get("bias")
+@_handles("addmm")
+def _addmm(recorder: _Recorder, a: dict[str, Any], outputs: list[Tensor]) -> Any:
+    if a["alpha"] != 1 or a["beta"] != 1:
+        return NotImplemented
+    return _linear(recorder, a["mat1"], a["mat2"].t(), a["self"], outputs[0])
+
+
+@_handles("mm")
+def _mm(recorder: _Recorder, a: dict[str, Any], outputs: list[Tensor]) -> Any:
+    return _linear(recorder, a["self"], a["mat2"].t(), None, outputs[0])
+
+
+def _linear(recorder: _Recorder, tensor: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> Any:
+    """A linear layer is a convolution of a map of one pixel. Its weight may be a view: it depends on what it views."""
     x = _value(recorder, tensor)
-    if (
-        x is None
-        or tensor.dim() != 2
-        or any(recorder.depends(t) for t in (weight, a.get("mat2"), bias) if t is not None)
-        or a.get("alpha", 1) != 1
-        or a.get("beta", 1) != 1
-        or (bias is not None and bias.dim() != 1)
-    ):
+    weight_source = weight if weight._base is None else weight._base
+    changing = any(recorder.depends(t) for t in (weight, weight_source, bias) if t is not None)
+    if x is None or changing or (bias is not None and bias.dim() != 1):
         return NotImplemented
     bias = torch.zeros(len(weight)) if bias is None else bias.detach().expand(len(weight)).clone()
-    return recorder.emit(Convolution(weight.detach().clone()[:, :, None, None], bias), (x,), outputs[0])
+    return recorder.emit(Convolution(weight.detach().clone()[:, :, None, None], bias), (x,), output)
 
 
 @_handles("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm")
@@ -410,9 +416,7 @@ def _max_pool(recorder: _Recorder, a: dict[str, Any], outputs: list[Tensor]) -> 
         return NotImplemented
     kernel = _pair(a["kernel_size"])
     stride, padding = _pair(a["stride"] or kernel), _pair(a["padding"])
-    return recorder.emit(
-        Pool(True, kernel, stride, padding, _pair(a["dilation"]), a["ceil_mode"]), (x,), outputs[0]
-    )
+    return recorder.emit(Pool(True, kernel, stride, padding, _pair(a["dilation"]), a["ceil_mode"]), (x,), outputs[0])
 
 
 @_handles("avg_pool2d")

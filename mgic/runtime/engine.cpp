@@ -117,7 +117,7 @@ struct Op {
   const int32_t* mask;  // zeroes what lies in the gaps; null if nobody reads them
   // Windows: depthwise convolutions and pooling. `phases`: (row, column) pairs in `taps`, `depth` of them.
   int32_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int32_t multiplier, reserved;
+  int32_t multiplier;
 };
 
 // Activations with an exponential, apart from the rest: they are rare, and inlined everywhere they would fill the cache.
@@ -400,8 +400,7 @@ struct Scratch {
 };
 
 template <int... I>
-INLINE void deinterleave(const float* from, float* even, float* odd, std::integer_sequence<int, I...>) {
-  const vec a = load(from), b = load(from + L);
+INLINE void deinterleave(vec a, vec b, float* even, float* odd, std::integer_sequence<int, I...>) {
   store(even, __builtin_shufflevector(a, b, (2 * I)...));
   store(odd, __builtin_shufflevector(a, b, (2 * I + 1)...));
 }
@@ -419,7 +418,7 @@ INLINE void scratch_row(const Op& op, const Scratch& s, const float* in, float* 
     float* even = out + (op.pad_w & 1) * s.phase + op.pad_w / 2;
     float* odd = out + ((op.pad_w + 1) & 1) * s.phase + (op.pad_w + 1) / 2;
     for (int i = 0; i < op.in_width; i += 2 * L)
-      deinterleave(in + i, even + i / 2, odd + i / 2, std::make_integer_sequence<int, L>());
+      deinterleave(load(in + i), load(in + i + L), even + i / 2, odd + i / 2, std::make_integer_sequence<int, L>());
   }
   for (int p = 0; p < stride; ++p) {
     const int q = op.pad_w > p ? (op.pad_w - p + stride - 1) / stride : 0;
@@ -584,28 +583,33 @@ void mean(const Op& op, float* arena, int me, int threads) {
   const bool whole = op.x_row == op.in_width;
   const int rows = whole ? 1 : op.in_height, width = whole ? op.in_width * op.in_height : op.in_width;
   const float scale = 1.0f / (float(op.in_width) * float(op.in_height));
+  ivec lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  const ivec tail = lane < width % L;
   // Blocks of channels, so that the steps see whole vectors and no two threads write one.
   const Share share((op.channels + L - 1) / L, me, threads);
   for (int64_t block = share.begin; block < share.end; ++block) {
-    alignas(64) float means[L] = {};
-    const int lanes = op.channels - int(block) * L < L ? op.channels - int(block) * L : L;
+    vec sums[L] = {};
+    const int lanes = int(std::min<int64_t>(op.channels - block * L, L));
     for (int c = 0; c < lanes; ++c) {
       const float* x = arena + op.x + (block * L + c) * op.x_plane;
-      vec sums[4] = {};
-      float tail = 0.0f;
+      vec part[4] = {};
       for (int r = 0; r < rows; ++r, x += op.x_row) {
         int i = 0;
-        for (; i + 4 * L <= width; i += 4 * L) UNROLL for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * L);
-        for (; i + L <= width; i += L) sums[0] += load(x + i);
-        for (; i < width; ++i) tail += x[i];
+        for (; i + 4 * L <= width; i += 4 * L) UNROLL for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * L);
+        for (; i + L <= width; i += L) part[0] += load(x + i);
+        if (i < width) part[1] += (vec)((ivec)load(x + i) & tail);
       }
-      alignas(64) float part[L];
-      *reinterpret_cast<vec*>(part) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      for (int half = L / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] += part[i + half];
-      means[c] = (part[0] + tail) * scale;
+      sums[c] = (part[0] + part[1]) + (part[2] + part[3]);
     }
-    vec acc[1][1] = {{load(means)}};
+    // Add neighbours until one vector holds the sum of each channel.
+    for (int count = L; count > 1; count /= 2)
+      for (int i = 0; i < count / 2; ++i) {
+        alignas(64) float even[L], odd[L];
+        deinterleave(sums[2 * i], sums[2 * i + 1], even, odd, std::make_integer_sequence<int, L>());
+        sums[i] = load(even) + load(odd);
+      }
+    vec acc[1][1] = {{sums[0] * scale}};
     finish<1, 1, true>(acc, op, arena, block * L, 0, int(block) * L, 0);
     store_part(arena + op.y + block * L, acc[0][0], lanes);
   }
@@ -625,11 +629,12 @@ void phases(const Op& op, float* arena, int me, int threads) {
     for (int r = 0; r < height; ++r) {
       const float* in = x + int64_t(r) * op.stride_h * op.x_row;
       float* out = y + int64_t(r) * op.y_row;
+      int i = 0;
       if (op.stride_w == 2)
-        for (int i = 0; i < width; ++i) out[i] = in[2 * i];
-      else
-        for (int i = 0; i < width; ++i) out[i] = in[i * op.stride_w];
-      for (int i = width; i < op.y_row; ++i) out[i] = 0.0f;
+        for (alignas(64) float unused[L]; i + L <= width; i += L)
+          deinterleave(load(in + 2 * i), load(in + 2 * i + L), out + i, unused, std::make_integer_sequence<int, L>());
+      for (; i < width; ++i) out[i] = in[i * op.stride_w];
+      for (; i < op.y_row; ++i) out[i] = 0.0f;
     }
     if (op.height * op.width == 1 && height == 1) continue;  // a vector: its neighbours follow at once
     const int64_t end = op.height * op.width == 1 ? 1 : (int64_t(op.height) * op.y_row + L - 1) / L * L;

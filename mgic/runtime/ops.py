@@ -304,9 +304,7 @@ class Program:
             for value in set(op.reads()):
                 if last[value] == i and value not in self.outputs:
                     del values[value]
-        results = [
-            values[v].reshape(len(x), *shape) for v, shape in zip(self.outputs, self.output_shapes, strict=True)
-        ]
+        results = [values[v].reshape(len(x), *shape) for v, shape in zip(self.outputs, self.output_shapes, strict=True)]
         return self.pack(results)
 
     def torch_calls(self) -> list[str]:

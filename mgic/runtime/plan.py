@@ -45,13 +45,17 @@ from .ops import (
     TorchCall,
 )
 
-KINDS = (
-    "conv linear depthwise max_pool average_pool mean map phases resize zero flatten load store".split()
-)  # in the order of engine.cpp
-STEP_KINDS = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# In the order of engine.cpp.
+KINDS = _words("conv linear depthwise max_pool average_pool mean map phases resize zero flatten load store")
+STEP_KINDS = _words(
     "add subtract subtract_from multiply channel_add channel_subtract channel_subtract_from channel_multiply affine "
     "relu clamp leaky_relu hard_sigmoid hard_swish sigmoid silu tanh gelu gelu_tanh elu"
-).split()
+)
 LINE = 16  # floats in a cache line
 AHEAD = 100  # taps of arithmetic that hide the way to memory; longer sums hide it by themselves
 
@@ -67,10 +71,10 @@ class _Step(ctypes.Structure):
     )
 
 
-_INTEGERS = (
-    "x_row y_row in_channels in_height in_width channels height width groups depth rows length exact port ahead".split()
+_INTEGERS = _words(
+    "x_row y_row in_channels in_height in_width channels height width groups depth rows length exact port ahead"
 )
-_WINDOW = "kernel_h kernel_w stride_h stride_w pad_h pad_w dilation_h dilation_w multiplier reserved".split()
+_WINDOW = _words("kernel_h kernel_w stride_h stride_w pad_h pad_w dilation_h dilation_w multiplier")
 
 
 class _Op(ctypes.Structure):
@@ -243,7 +247,9 @@ class _Layout:
 
     def _place_concatenations(self) -> None:
         """Let the parts of a concatenation be written where they belong, where no other one has claimed them."""
-        made = {v for op in self.program.ops if not isinstance(op.compute, Slice | TorchCall | Concat) for v in op.outputs}
+        made = {
+            v for op in self.program.ops if not isinstance(op.compute, Slice | TorchCall | Concat) for v in op.outputs
+        }
         for op in self.program.ops:
             if isinstance(op.compute, Concat):
                 whole = self.result(op.outputs[0])
@@ -259,8 +265,9 @@ class _Layout:
         return len(self.ports) - 1
 
     def _load(self, value: int) -> None:
-        port = self.port_of.setdefault(value, self._new_port(self.program.shapes[value]))
-        self.add("load", None, None, self.result(value), fields={"port": port})
+        if value not in self.port_of:
+            self.port_of[value] = self._new_port(self.program.shapes[value])
+        self.add("load", None, None, self.result(value), fields={"port": self.port_of[value]})
 
     def _port(self, value: int) -> int:
         """The value as a tensor of PyTorch."""
@@ -321,7 +328,8 @@ class _Layout:
         def offsets() -> np.ndarray[Any, Any]:
             plane, row = frame.plane(self.lanes), frame.row
             within = np.array([p * plane + r * row + c for p, r, c in taps])
-            return (np.arange(per_group)[:, None] * (plane * len(phases)) + within).astype(np.int32).ravel()
+            offsets: np.ndarray[Any, Any] = np.arange(per_group)[:, None] * (plane * len(phases)) + within
+            return offsets.astype(np.int32).ravel()
 
         flat, depth = frame is target, per_group * len(taps)
         self.add(
@@ -371,7 +379,9 @@ class _Layout:
         padded = np.zeros((groups, -(-outputs // self.lanes) * self.lanes, inputs), np.float32)
         padded[:, :outputs] = weight.reshape(groups, outputs, inputs)
         chunk = 4 * self.lanes
-        parts = [padded[:, i : i + chunk].transpose(0, 2, 1).reshape(groups, -1) for i in range(0, padded.shape[1], chunk)]
+        parts = [
+            padded[:, i : i + chunk].transpose(0, 2, 1).reshape(groups, -1) for i in range(0, padded.shape[1], chunk)
+        ]
         return np.concatenate(parts, 1)
 
     def pool(self, op: Op, pool: Pool) -> None:
@@ -540,7 +550,7 @@ class Engine:
             )
         n = len(x)
         x = x.detach().contiguous()
-        results = {p: torch.empty(n, *self._ports[p]) for p in self._output_ports}
+        results = {p: torch.empty(n, *self._ports[p]) if p else x.clone() for p in self._output_ports}
         apart = len(self._segments) > 1
         spread = 1 if apart else max(1, min(self.threads, n))
         arenas = self._take(spread if n >= self.threads else 1)
@@ -549,7 +559,7 @@ class Engine:
                 for i in range(n):
                     self._run_with_torch(x[i], {p: t[i] for p, t in results.items()}, arenas)
             elif n:
-                tensors = [x if p == 0 else results.get(p) for p in range(len(self._ports))]
+                tensors: list[Tensor | None] = [x if p == 0 else results.get(p) for p in range(len(self._ports))]
                 addresses = np.array([0 if t is None else t.data_ptr() for t in tensors], np.uint64)
                 sizes = np.array([0 if t is None else 4 * t[0].numel() for t in tensors], np.uint64)
                 images = addresses + sizes * np.arange(n, dtype=np.uint64)[:, None]
@@ -557,15 +567,16 @@ class Engine:
         finally:
             with self._lock:
                 self._arenas.extend(arenas)
-        tensors = [results[p].reshape(n, *s) for p, s in zip(self._output_ports, self._output_shapes, strict=True)]
-        return self._pack(tensors)
+        shapes = zip(self._output_ports, self._output_shapes, strict=True)
+        return self._pack([results[port].reshape(n, *shape) for port, shape in shapes])
 
     def _run_with_torch(self, image: Tensor, results: dict[int, Tensor], arenas: list[_Arena]) -> None:
         tensors = {0: image, **results}
         for segment in self._segments:
             if isinstance(segment, HostCall):
                 inputs = [
-                    tensors[p].reshape(shape) for p, shape in zip(segment.inputs, segment.call.input_shapes, strict=True)
+                    tensors[p].reshape(shape)
+                    for p, shape in zip(segment.inputs, segment.call.input_shapes, strict=True)
                 ]
                 with torch.no_grad():
                     outputs = segment.call.function(*inputs)
@@ -597,7 +608,9 @@ class Engine:
             raise EngineUnavailable("a program with operations of PyTorch cannot be profiled")
         arenas = self._take(1)
         results = {p: torch.empty(1, *self._ports[p]) for p in self._output_ports}
-        tensors = [x[:1].contiguous() if p == 0 else results.get(p) for p in range(len(self._ports))]
+        tensors: list[Tensor | None] = [
+            x[:1].contiguous() if p == 0 else results.get(p) for p in range(len(self._ports))
+        ]
         images = np.array([[0 if t is None else t.data_ptr() for t in tensors]], np.uint64)
         seconds = np.zeros((rounds, len(self.nodes)))
         for row in seconds:
