@@ -31,7 +31,8 @@ from .models.mgnet import MgNet, paper_weights
 from .models.mobilenetv3 import round_width
 from .models.points import GraphStage
 from .models.resnet import MGIC_RESNET
-from .transfer import SparsePointwise, averaging_pair, sparse_random_pair
+from .representation import transfers_alone
+from .transfer import SparsePointwise, sparse_random_pair
 
 Row = Mapping[str, Any]
 
@@ -71,13 +72,6 @@ def _named(name: str, overrides: Row, library: str = "mgic") -> Network:
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else float(value) if isinstance(value, Decimal) else value
-
-
-def transfers_alone(channels: int, group_size: int, coarsest: int) -> nn.Sequential:
-    """Down to ``coarsest`` channels and back, without blocks and skips: what Table 1 of Eliasof et al. 2023 measures."""
-    levels = plan_levels(channels, group_size, coarsest, min_groups=1)[:-1]
-    pairs = [averaging_pair(level.channels, level.transfer_group_size) for level in levels]
-    return nn.Sequential(*(R for R, _ in pairs), *(P for _, P in reversed(pairs)))
 
 
 def _transfers(row: Row) -> tuple[str | None, dict[str, Any], Network]:
@@ -370,8 +364,8 @@ def _accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[
 def _size(shape: Sequence[int]) -> str:
     """Write ``(N, C, H, W)`` as the papers do, ``H^2 x C``."""
     channels, *spatial = shape[1:]
-    if len(spatial) == 1:
-        return f"{spatial[0]} x {channels}"
+    if len(spatial) < 2:
+        return " x ".join(map(str, (*spatial, channels)))
     sides = sorted(set(spatial))
     return f"{sides[0]}^2 x {channels}" if len(sides) == 1 else f"{'x'.join(map(str, spatial))} x {channels}"
 
