@@ -20,6 +20,7 @@ $(READY): pyproject.toml
 	  sys.exit(0 if ok else "mgic needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -c 'from mgic.runtime.build import main; main()'
 	@touch $@
 
 demo: $(READY)

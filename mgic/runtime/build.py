@@ -137,3 +137,11 @@ def load(name: str) -> ctypes.CDLL:
     engine.mgic_profile.restype = None
     engine.mgic_op_size.restype = engine.mgic_step_size.restype = ctypes.c_int64
     return engine
+
+
+def main() -> None:
+    """Build the engine for this processor, as ``make`` does once; say in a line what came of it."""
+    try:
+        print(f"engine: {build(instruction_set())}")  # noqa: T201
+    except EngineUnavailable as error:
+        print(f"no engine: {error}; everything else works without it")  # noqa: T201

@@ -135,8 +135,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(tensor) in self.lost:
                 raise EngineUnavailable(f"{name} reads {self.lost[id(tensor)]}")
         if func._schema.is_mutable:
-            self._check_mutation(name, func, arguments)
             name = name.rstrip("_")
+            self._check_mutation(name, func, arguments)
         known = _HANDLERS.get(name)
         outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
         if known is None or known(self, arguments, outputs) is NotImplemented:

@@ -66,7 +66,7 @@ INLINE vec exponential(vec x) {
   p = p * r * r + r + 1.0f;
   const vec finite = x == x ? n : vec{};
   const ivec power = (__builtin_convertvector(finite, ivec) + 127) << 23;
-  return p * (vec)power;
+  return x > 88.72f ? splat(__builtin_inff()) : p * (vec)power;
 }
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 INLINE vec hyperbolic_tangent(vec x) { return 1.0f - 2.0f / (1.0f + exponential(x + x)); }

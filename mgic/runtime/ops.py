@@ -332,7 +332,7 @@ def simplify(program: Program) -> Program:
     """Drop what nobody reads, let ops take over the steps behind them, and fold constants into convolutions."""
     ops = _alive(program.ops, program.outputs)
     ops = _fused(ops, program)
-    ops = [_folded(op) for op in ops]
+    ops = [_folded(replace(op, steps=_merged(op.steps))) for op in ops]
     return replace(program, ops=ops)
 
 
@@ -386,6 +386,17 @@ def _can_take(producer: Op, copy: Op, uses: Counter[int], made_at: dict[int, int
         and uses[copy.inputs[0]] == 1
         and all(made_at[value] < at for value in others)
     )
+
+
+def _merged(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Two affine steps in a row are one."""
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, Affine) and kept and isinstance(before := kept[-1], Affine):
+            step = Affine(before.scale * step.scale, before.shift * step.scale + step.shift)
+            kept.pop()
+        kept.append(step)
+    return tuple(kept)
 
 
 def _folded(op: Op) -> Op:

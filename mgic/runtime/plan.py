@@ -284,7 +284,11 @@ class _Layout:
         macs = conv.weight[0].numel() * y.channels * target.height * target.width
         name = f"{groups} x {per_group} -> {y.channels // groups}, {kernel[0]} x {kernel[1]}, stride {conv.stride[0]}"
         if source.is_vector and target.is_vector:
-            weight = conv.weight[:, :, conv.padding[0] // conv.dilation[0], conv.padding[1] // conv.dilation[1]]
+            # The tap that lands on the only pixel, if there is one; the others meet zeros.
+            hits = [
+                [k for k in range(n) if k * d == p] for n, d, p in zip(kernel, conv.dilation, conv.padding, strict=True)
+            ]
+            weight = conv.weight[:, :, hits[0][0], hits[1][0]] if all(hits) else torch.zeros(y.channels, per_group)
             self.add(
                 *("linear", op, x, y),
                 fields={"groups": groups},
@@ -308,11 +312,11 @@ class _Layout:
         rows = [k * conv.dilation[0] - conv.padding[0] for k in range(kernel[0])]
         columns = [k * conv.dilation[1] - conv.padding[1] for k in range(kernel[1])]
         phases = [(0, 0)]
-        if conv.stride != (1, 1):
+        if conv.stride != (1, 1) or source.is_vector:  # a vector has no room around it
             (down, across) = conv.stride
             phases = sorted({(r % down, c % across) for r in rows for c in columns})
             height = max(-(-source.height // down), target.height)
-            width = max(-(-source.width // across), target.width)
+            width = max(-(-source.width // across), target.width, 2 if height == 1 else 1)
             split = self.new(x.channels * len(phases), height, width)
             self._phases(x, split, conv.stride, phases)
             x = split
