@@ -16,7 +16,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"errors", "hierarchy"},
     {"transfer"},
     {"blocks"},
-    {"cycle", "smoothing", "counting"},
+    {"cycle", "smoothing", "counting", "representation"},
     {"models", "data"},
     {"scaling", "tables", "runtime"},
     {"training", "reporting"},
