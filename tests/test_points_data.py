@@ -56,8 +56,11 @@ def test_every_form_of_a_square_is_two_triangles(tmp_path, text):
     [
         ("", "no OFF file: it begins with ''"),
         ("ply\nformat ascii 1.0\n", "no OFF file: it begins with 'ply'"),
-        ("OFF\n", "broken OFF file"),
-        ("OFF\nfour 1 0\n", "broken OFF file: .*four"),
+        ("OFF\n", "broken OFF file: its counts of vertices and faces are missing"),
+        ("OFF\nfour 1 0\n", "broken OFF file: its counts of vertices and faces are four 1"),
+        ("OFF\n-4 1 0\n", "broken OFF file: its counts of vertices and faces are -4 1"),
+        ("OFF\n3 1 0\n0 0\n1 0\n0 1\n3 0 1 2\n", "broken OFF file: cannot reshape"),
+        (SQUARE.replace("4 0 1 2 3", "-4 0 1 2 3"), "a face announces -4 corners and has 0"),
         (
             SQUARE.replace("4 1 0", "4 2 0"),
             "truncated: 4 vertices and 2 faces are announced, but only 5 of these 6 lines",

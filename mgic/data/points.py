@@ -50,25 +50,27 @@ def read_off(path: str | Path) -> tuple[Array, Array]:
         raise UserError(f"{path}: no OFF file: it begins with {first[:12]!r} instead of 'OFF'")
     lines[0] = [word for word in (first[3:], *lines[0][1:]) if word]
     header, *body = lines if lines[0] else lines[1:] or [[]]
-    try:
-        vertex_count, face_count = (int(word) for word in header[:2])
-        corners = [words[:3] for words in body[:vertex_count]]
-        polygons = [
-            [int(word) for word in words[: 1 + int(words[0])]]
-            for words in body[vertex_count : vertex_count + face_count]
-        ]
-        vertices = np.array(corners, dtype=np.float64).reshape(-1, 3)
-    except ValueError as error:
-        raise UserError(f"{path}: broken OFF file: {error}") from error
-    if len(body) < vertex_count + face_count:
+    counts = [int(word) for word in header[:2] if word.isdecimal()]
+    if len(counts) < 2:
+        raise UserError(
+            f"{path}: broken OFF file: its counts of vertices and faces are {' '.join(header[:2]) or 'missing'}"
+        )
+    vertex_count, face_count = counts
+    if len(body) < sum(counts):
         raise UserError(
             f"{path}: truncated: {vertex_count} vertices and {face_count} faces are announced, "
-            f"but only {len(body)} of these {vertex_count + face_count} lines are there"
+            f"but only {len(body)} of these {sum(counts)} lines are there"
         )
+    try:
+        vertices = np.array([words[:3] for words in body[:vertex_count]], dtype=np.float64).reshape(vertex_count, 3)
+        rows = [(int(words[0]), words[1:]) for words in body[vertex_count : sum(counts)]]
+        polygons = [(corners, [int(word) for word in words[: max(corners, 0)]]) for corners, words in rows]
+    except ValueError as error:
+        raise UserError(f"{path}: broken OFF file: {error}") from error
     triangles = []
-    for count, *polygon in polygons:
-        if len(polygon) < count:
-            raise UserError(f"{path}: truncated: a face announces {count} corners and has {len(polygon)}")
+    for corners, polygon in polygons:
+        if len(polygon) != corners:
+            raise UserError(f"{path}: truncated: a face announces {corners} corners and has {len(polygon)}")
         triangles += [(polygon[0], *side) for side in pairwise(polygon[1:])]
     faces = np.array(triangles, dtype=np.int64).reshape(-1, 3)
     outside = faces[(faces < 0) | (faces >= vertex_count)]
