@@ -136,18 +136,24 @@ def test_a_path_can_be_called_from_several_threads_at_once(built):
     assert max(relative_error(y, eager(network, x)) for x, y in zip(inputs, found, strict=True)) < 1e-5
 
 
-def test_torch_compile_compiles_each_network_apart(monkeypatch):
-    """More networks of one class than PyTorch would recompile its code for; without the slow code generator."""
+def test_torch_compile_freezes_and_compiles_each_network_apart(monkeypatch):
+    """More networks of one class than PyTorch would recompile its code for; with a backend that generates no code."""
+    frozen = []
+
+    def backend(graph, inputs):
+        frozen.append(torch._inductor.config.freezing)
+        return graph.forward
+
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model, dynamic, options: compile_(model, dynamic=dynamic, backend="eager")
-    )
-    for width in range(1, torch._dynamo.config.recompile_limit + 2):
+    compile_, count = torch.compile, torch._dynamo.config.recompile_limit + 1
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_(model, dynamic=dynamic, backend=backend))
+    for width in range(1, count + 1):
         network = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU()).eval()
         x = torch.randn(2, 3, 4, 4)
         run = PATHS["compile"](network, x, 1)
         assert relative_error(run(x.requires_grad_()), eager(network, x)) < 1e-6
+    assert frozen == [True] * count  # each once: no call compiled again
+    assert not torch._inductor.config.freezing
 
 
 def test_a_missing_package_is_a_reason_that_says_how_to_install_it(network, monkeypatch):

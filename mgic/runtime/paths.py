@@ -52,8 +52,8 @@ def compiled(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """``torch.compile`` with frozen weights: folded norms, packed weights, fused elementwise operations.
 
     Freezing is a setting of the whole process while the network is traced and compiled: as an option of ``torch.compile`` it
-    reaches the code generator alone, and nothing is frozen. What is compiled is the exported network: its code is its own, so that networks which share the code of a class do not
-    use up each other's recompilations.
+    reaches the code generator alone, and nothing is frozen. What is compiled is the exported network: its code is its own,
+    so that networks which share the code of a class do not use up each other's recompilations.
     """
     inductor: Any = import_module("torch._inductor.config")
     with _reasons("torch.compile", _BROKEN), torch.no_grad(), _torch_threads(threads):
