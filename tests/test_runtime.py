@@ -250,7 +250,7 @@ OPERATIONS = {
     "bilinear": lambda x, c: F.interpolate(c(x), size=(17, 5), mode="bilinear"),
     "bilinear, aligned": lambda x, c: F.interpolate(c(x), size=(17, 23), mode="bilinear", align_corners=True),
     "nearest": lambda x, c: F.relu(F.interpolate(c(x), scale_factor=2, mode="nearest")),
-    "flatten": lambda x, c: F.linear(c(x).flatten(1), torch.ones(7, 720) / 720),
+    "flatten": lambda x, c: F.linear(c(x).flatten(1), torch.linspace(-1, 1, 5040).reshape(7, 720)),
     "squeeze and excite": lambda x, c: c(x) * torch.sigmoid(c(c(x).mean((2, 3), keepdim=True))),
     "a scale that comes first": lambda x, c: torch.sigmoid(c(x).mean((2, 3), keepdim=True)) * c(x),
     "minus a scale": lambda x, c: c(x).mean((2, 3), keepdim=True) - c(x),
