@@ -538,6 +538,8 @@ class Engine:
         self.arena_floats = layout.allocate()
         self.nodes = [node for node in layout.nodes if isinstance(node, Node)]
         self._write(layout.nodes, lanes)
+        for node in self.nodes:  # what is packed is not kept twice
+            node.arrays.clear()
         self._arenas: list[_Arena] = []
         self._lock = threading.Lock()
 
