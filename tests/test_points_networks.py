@@ -1,5 +1,6 @@
 """Networks on point clouds: graphs and operators against naive ones, what is invariant and what is not, exact counts."""
 
+import json
 from functools import partial
 from itertools import pairwise
 
@@ -310,6 +311,20 @@ def test_the_multigrid_network_has_the_fewest_parameters_and_grows_linearly_insi
     dense, multigrid = ([inside(name, width) for width in (256, 512, 1024)] for name in ("diffgcn", "mgic_diffgcn"))
     assert all(3.9 < wide / narrow < 4 for narrow, wide in pairwise(dense))
     assert all(1.9 < wide / narrow < 2.1 for narrow, wide in pairwise(multigrid))
+
+
+def test_the_command_counts_a_network_at_its_own_size_part_by_part(capsys):
+    from mgic.cli import main
+
+    assert main(["cost", "mgic_diffgcn", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["input_size"] == [3, 1024]
+    assert (said["params"], said["macs"]) == COUNTS["mgic_diffgcn"]
+    parts = [part for part in said["parts"] if part["level"] is None]
+    assert [part["name"] for part in parts] == ["stem", "stages.0", "stages.1", "head"]
+    assert sum(part["params"] for part in parts) == said["params"]
+    assert sum(part["macs"] for part in parts) == said["macs"]
+    assert [part["channels"] for part in said["parts"] if part["name"] == "stages.0"] == [None, 64, 32, 16]
 
 
 def test_a_point_needs_three_coordinates():

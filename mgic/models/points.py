@@ -273,6 +273,9 @@ class PointClassifier(nn.Module):
             raise UserError(f"in_chans={in_chans}: a point has three coordinates, then any other features")
         self.graph = graph
         self.num_features = width
+        self.pretrained_cfg = {
+            "input_size": (in_chans, 1024)
+        }  # the clouds of Table 10; any other number of points will do
         self.stem = conv(in_chans, width)
         self.stages = nn.ModuleList(GraphStage([block(width) for _ in range(count)], width) for count in (2, 3))
         head: dict[str, nn.Module] = {
