@@ -1,7 +1,11 @@
 """Approximation of functions: points that follow from their number, and networks that differ in the block alone."""
 
+import importlib.util
+import json
 import math
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,8 @@ from mgic.models.functions import (
     mgic_function_net,
     multigrid_block,
 )
+from mgic.tables import build_figure
+from mgic.training import RECIPES, load_run, read_record, train
 
 NETWORKS = (function_net, ghost_function_net, mgic_function_net)
 
@@ -226,3 +232,66 @@ def test_networks_are_built_by_name_and_not_by_timm():
 def test_networks_that_cannot_be_built_are_refused(call, said):
     with pytest.raises(UserError, match=said):
         call()
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    path = Path(__file__).parents[1] / "benchmarks" / "function_approximation.py"
+    spec = importlib.util.spec_from_file_location("function_approximation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_experiment_trains_each_network_on_each_fold_once_and_writes_what_the_figure_draws(
+    experiment, tmp_path, monkeypatch
+):
+    words = ["--c-max", "32", "--folds", "2", "--epochs", "1", "--points", "1060"]
+    words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    experiment.main(words)
+    paths = sorted((tmp_path / "results").iterdir())
+    first = {path.name: path.read_text() for path in paths}
+    monkeypatch.setattr(experiment, "train", None)
+    experiment.main(words)  # finished runs are not trained again
+    records = [read_record(path) for path in paths]
+    assert [record["metrics"] for record in records] == [json.loads(text)["metrics"] for text in first.values()]
+    for record in records:
+        assert (record["n"], record["seeds"], record["recipe"]["epochs"]) == (2, [0, 1], 1)
+        assert record["metrics"]["mse"] == record["metrics"]["test_mse"]
+        assert record["data"].endswith("1,007 random points to train on and 53 to test, folds 0, 1")
+        assert str(tmp_path) not in json.dumps(record)
+        values = record["metrics"]["mse"]["values"]
+        assert values[0] != values[1]
+    _, (panel,) = build_figure("mgic-4", records)
+    with torch.device("meta"):
+        params = {make.__name__: count_trainable(make(c_max=32, in_chans=2)) for make in NETWORKS}
+    assert {name: points[0][0] for name, points in panel.measured.items()} == {
+        "MobileNetV3": params["function_net"],
+        "GhostNet": params["ghost_function_net"],
+        "MGIC": params["mgic_function_net"],
+    }
+
+
+def test_a_stopped_run_ends_as_one_in_one_piece(tmp_path):
+    recipe = replace(RECIPES["functions_small"], model_args={"c_max": 32}, batch_size=64, epochs=2)
+    data = load_data("cos_sin", points=600)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(step):
+        if step == 11:
+            raise Stop
+
+    def build():
+        return mgic.create_model(recipe.model, **data.model_arguments(), **recipe.model_args)
+
+    whole = train(recipe, build, data, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(recipe, build, data, tmp_path / "parts", on_step=stop)
+    parts = train(recipe, build, data, tmp_path / "parts")
+    assert (whole.steps, parts.resumed_from) == (16, 8)
+    assert parts.metrics == whole.metrics
+    assert whole.metrics["test_mse"] > 0
+    one, other = (load_run(tmp_path / name).state_dict for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
