@@ -140,6 +140,19 @@ def test_the_readmes_table_is_the_records():
             assert cell == f"{metric['mean']:.2f} ± {metric['std']:.2f}"
 
 
+def test_the_readmes_times_are_the_records():
+    """Every row of the table of times is a comparison of the record."""
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0].splitlines()][3:]
+    comparisons = json.loads((ROOT / "results/bench-efficiency.json").read_text())["comparisons"]
+    names = {"engine": "our engine", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    assert [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows] == [
+        [c["network"], names[c["path"]], c["peer"], names[c["peer_path"]]]
+        + [f"{c['flop_ratio']:.3f}", f"{c['time_ratio']:.3f}", f"{c['efficiency']:.2f}"]
+        for c in comparisons
+    ]
+
+
 def test_every_record_can_be_read():
     from mgic.training import read_record
 
