@@ -147,8 +147,10 @@ def test_the_readmes_times_are_the_records():
     comparisons = json.loads((ROOT / "results/bench-efficiency.json").read_text())["comparisons"]
     names = {"engine": "our engine", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     assert [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows] == [
-        [c["network"], names[c["path"]], c["peer"], names[c["peer_path"]]]
-        + [f"{c['flop_ratio']:.3f}", f"{c['time_ratio']:.3f}", f"{c['efficiency']:.2f}"]
+        [
+            *(c["network"], names[c["path"]], c["peer"], names[c["peer_path"]]),
+            *(f"{c['flop_ratio']:.3f}", f"{c['time_ratio']:.3f}", f"{c['efficiency']:.2f}"),
+        ]
         for c in comparisons
     ]
 
