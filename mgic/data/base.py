@@ -211,7 +211,8 @@ class _Samples(Dataset[tuple[Tensor, Tensor] | str]):
     key: tuple[int | str, ...]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
-        torch.default_generator.manual_seed(random_key(*self.key, index))  # of the CPU alone: a millisecond less a sample
+        # Of the CPU alone: a millisecond less a sample.
+        torch.default_generator.manual_seed(random_key(*self.key, index))
         try:
             return self.read(index)
         except UserError as error:
