@@ -376,7 +376,7 @@ def test_a_missing_extra_is_one_line(monkeypatch):
 
 
 def test_a_network_trains_on_solids_from_the_command_line_and_resumes_bit_for_bit(root, tmp_path, capsys):
-    common = ["train", "--model", "mgic_diffgcn", "--model_args", "{width: 16, group_size: 4, coarsest: 8, k: 4}"]
+    common = ["train", "--model", "mgic_diffgcn", "--model_args", "{width: 0.25, group_size: 4, coarsest: 8, k: 4}"]
     common += ["--data", "solids", "--root", str(root), "--data_args", "{points: 24, train: 2, test: 1, rotate: 90.0}"]
     common += ["--batch_size", "4", "--optimizer", "adam", "--lr", "0.01", "--epochs", "2"]
     for name in ("a", "b"):

@@ -248,7 +248,7 @@ class PointClassifier(nn.Module):
         conv: ``conv(in_channels, out_channels)`` makes the first graph convolution.
         block: ``block(channels)`` makes each of the others.
         graph: Makes of the positions what the convolutions take beside features, once for all of them.
-        width: Channels throughout.
+        channels: Width throughout.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of a point, its position first; at least 3.
 
@@ -264,7 +264,7 @@ class PointClassifier(nn.Module):
         conv: Callable[[int, int], nn.Module],
         block: Callable[[int], nn.Module],
         graph: Callable[[Tensor], tuple[Tensor, ...]],
-        width: int = 64,
+        channels: int = 64,
         num_classes: int = 10,
         in_chans: int = 3,
     ) -> None:
@@ -272,15 +272,15 @@ class PointClassifier(nn.Module):
         if in_chans < 3:
             raise UserError(f"in_chans={in_chans}: a point has three coordinates, then any other features")
         self.graph = graph
-        self.num_features = width
+        self.num_features = channels
         self.pretrained_cfg = {
             "input_size": (in_chans, 1024)
         }  # the clouds of Table 10; any other number of points will do
-        self.stem = conv(in_chans, width)
-        self.stages = nn.ModuleList(GraphStage([block(width) for _ in range(count)], width) for count in (2, 3))
+        self.stem = conv(in_chans, channels)
+        self.stages = nn.ModuleList(GraphStage([block(channels) for _ in range(count)], channels) for count in (2, 3))
         head: dict[str, nn.Module] = {
             "pool": nn.AdaptiveMaxPool1d(1),
-            "mlp": nn.Sequential(*(MLP(width, width) for _ in range(3))),
+            "mlp": nn.Sequential(*(MLP(channels, channels) for _ in range(3))),
             "flatten": nn.Flatten(),
         }
         self.head = nn.Sequential(OrderedDict(head))
@@ -320,31 +320,35 @@ class PointClassifier(nn.Module):
 
 POINTS = Scheme(transfer=partial(averaging_pair, dim=1), norm=nn.BatchNorm1d)
 """The text of Sec. 3.3 on features of points."""
+CHANNELS = 64
+"""Width of Table 10."""
 
 
-def dgcnn(k: int = 10, width: int = 64, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
+def dgcnn(k: int = 10, width: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
     """DGCNN with the narrow classifier of Sec. 4.5 (Tables 10 and 11).
 
     Args:
         k: Neighbours, the point itself among them; 1 cuts the graph.
-        width: Channels throughout.
+        width: Multiplies the 64 channels.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of a point, its position first.
     """
-    conv = partial(EdgeConv, k=k, hidden=2 * width)
-    return PointClassifier(conv, lambda channels: conv(channels, channels), no_graph, width, num_classes, in_chans)
+    channels = _channels(width)
+    conv = partial(EdgeConv, k=k, hidden=2 * channels)
+    return PointClassifier(conv, lambda channels: conv(channels, channels), no_graph, channels, num_classes, in_chans)
 
 
-def diffgcn(k: int = 10, width: int = 64, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
+def diffgcn(k: int = 10, width: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
     """Build diffGCN in the network of Table 10 (Table 11); arguments as `dgcnn`."""
-    return PointClassifier(DiffConv, _diff_block, partial(differential_operators, k=k), width, num_classes, in_chans)
+    graph = partial(differential_operators, k=k)
+    return PointClassifier(DiffConv, _diff_block, graph, _channels(width), num_classes, in_chans)
 
 
 def mgic_diffgcn(
     group_size: int = 16,
     coarsest: int = 16,
     k: int = 10,
-    width: int = 64,
+    width: float = 1.0,
     correction: Correction = tau_correction,
     scheme: Scheme = POINTS,
     num_classes: int = 10,
@@ -358,7 +362,7 @@ def mgic_diffgcn(
         group_size: Channels per group (``s_g``).
         coarsest: Width at which to stop (``s_c``).
         k: Neighbours, the point itself among them; 1 cuts the graph.
-        width: Channels throughout.
+        width: Multiplies the 64 channels.
         correction: What is prolonged.
         scheme: Plan, transfers, norm and cycle.
         num_classes: Outputs; 0 for features.
@@ -368,7 +372,16 @@ def mgic_diffgcn(
     def block(channels: int) -> nn.Module:
         return MGICBlock(_diff_block, channels, group_size, coarsest, correction=correction, scheme=scheme)
 
-    return PointClassifier(DiffConv, block, partial(differential_operators, k=k), width, num_classes, in_chans)
+    graph = partial(differential_operators, k=k)
+    return PointClassifier(DiffConv, block, graph, _channels(width), num_classes, in_chans)
+
+
+def _channels(width: float) -> int:
+    """The width of Table 10, multiplied."""
+    channels = round(CHANNELS * width)
+    if channels < 1:
+        raise UserError(f"width={width} leaves none of the {CHANNELS} channels")
+    return channels
 
 
 def _diff_block(channels: int, groups: int = 1) -> DiffConv:
