@@ -186,7 +186,7 @@ def _preface(table: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs that stand before a table."""
     also = f" Also {'; '.join(table['also'])}." if table["also"] else ""
     size = " x ".join(map(str, table["input_size"]))
-    said = [f"{table['caption']} {table['dataset']}; counted for {size}. Source: {table['source']}.{also}"]
+    said = [f"{table['caption']} {table['dataset']}; counted for an input of {size}. Source: {table['source']}.{also}"]
     if table["ours"]:
         name = " ".join([table["model"], *(f"{key}={value}" for key, value in table["overrides"].items())])
         said.append(f"{name}: {table['ours']['params']:,} parameters, {table['ours']['macs']:,} MACs.")

@@ -411,7 +411,8 @@ class _Layer:
         if isinstance(self.module, MGICBlock):
             convs = [m for m in self.module.relax[0].modules() if isinstance(m, nn.Conv2d)]
             facts["kernels"] = [f"{_kernel(conv).split()[0]}, {conv.out_channels}" for conv in convs]
-            facts["exp"] = self.module.levels[0].hidden
+            finest = self.module.levels[0]
+            facts |= {"exp": finest.hidden, "expansion": finest.hidden // finest.channels}
         return facts
 
 
@@ -463,9 +464,18 @@ def _fits(printed: Row, built: Row) -> bool:
     return all(printed[key] == built[key] for key in ("input", "c_in", "c_out") if key in printed)
 
 
+def _value(cell: Any, symbols: Row) -> Any:
+    """Return a printed cell with its symbols at the values they have in the network that is built."""
+    if not isinstance(cell, str):
+        return cell
+    for name, value in symbols.items():
+        cell = cell.replace(name, str(value))
+    return int(cell) if cell.isdigit() else cell
+
+
 def _layer_rows(table: Row) -> list[dict[str, Any]]:
     """Return the printed layers, each with the built one that takes and gives the same, then built ones left over."""
-    name, rows = table.get("model"), table["rows"]
+    name, rows, symbols = table.get("model"), table["rows"], table.get("symbols", {})
     built: list[dict[str, Any]] = []
     if name in list_models():
         network = _named(name, table.get("overrides", {}))
@@ -474,10 +484,12 @@ def _layer_rows(table: Row) -> list[dict[str, Any]]:
     result = []
     for row in rows:
         printed = {key: row[key] for key in LAYER_COLUMNS if key in row}
-        match = next((layer for layer in built if _fits(printed, layer)), None)
+        meant = {key: _value(cell, symbols) for key, cell in {**printed, **row.get("should_be", {})}.items()}
+        match = next((layer for layer in built if _fits(meant, layer)), None)
         if match is not None:
             built.remove(match)
-        differs = [key for key in printed if key != "layer" and match and printed[key] != match.get(key)]
+        stated = {key: _value(cell, symbols) for key, cell in printed.items() if key != "layer"}
+        differs = [key for key, cell in stated.items() if match and cell != match.get(key)]
         more = {"source": _source(table, row), **_remarks(row, table["units"])}
         result.append({"row": row["row"], "printed": printed, "built": match, "differs": differs, **more})
     none: dict[str, Any] = {"source": None, "misprint": None, "should_be": None, "variants": [], "note": None}

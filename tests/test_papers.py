@@ -19,7 +19,7 @@ IDS = (
     + [f"mgiad-{n}" for n in range(1, 10)]
 )
 TABLE_KEYS = {"paper", "table", "section", "caption", "kind", "dataset", "input_size", "units", "rows"}
-MORE_TABLE_KEYS = {"model", "overrides", "also", "note", "misprint"}
+MORE_TABLE_KEYS = {"model", "overrides", "symbols", "also", "note", "misprint"}
 FIGURE_KEYS = TABLE_KEYS - {"table", "kind"} | {"figure"}
 RESULTS = {
     *("params", "macs", "top1", "top5", "top1_std", "train_top1", "miou", "mse"),
@@ -40,7 +40,7 @@ OURS = {
     "mgic_lraspp_large": {"group_size", "coarsest"},
     "lraspp_mobilenetv3_small": set(),
     "lraspp_mobilenetv3_large": set(),
-    "mgic_function_net": set(),
+    "mgic_function_net": {"widths", "expansion", "in_chans"},
     "dgcnn": set(),
     "diffgcn": set(),
     "mgic_diffgcn": set(),

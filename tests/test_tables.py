@@ -179,15 +179,25 @@ def test_other_readings_are_those_of_the_search(everything):
 def test_built_layers_are_the_printed_ones(everything):
     unlike = {
         (table["id"], row["row"]): row["differs"] or "not built"
-        for table in (everything["mgic-4"], everything["mgic-6"])
+        for table in (everything[name] for name in ("mgic-2", "mgic-4", "mgic-6", "workshop-4"))
         for row in table["rows"]
         if row["differs"] or not row["built"]
     }
-    assert unlike == {("mgic-4", "second convolution"): "not built", ("mgic-6", "stem"): ["exp"]}
+    assert unlike == {
+        ("mgic-2", "last block but one"): ["c_in"],  # misprints, both of them
+        ("workshop-4", "closing 2"): ["c_out"],
+        ("mgic-4", "second convolution"): "not built",
+        ("mgic-6", "stem"): ["exp"],
+    }
     stages = [row["built"] for row in everything["mgic-4"]["rows"] if row["row"].startswith("stage")]
     assert [layer["repetitions"] for layer in stages] == [3, 4, 6, 3]
     assert [layer["kernels"][1] for layer in stages] == ["3x3, 64", "3x3, 128", "3x3, 256", "3x3, 512"]
     assert len(everything["mgic-6"]["rows"]) == 21
+    for name, blocks in (("mgic-2", [32, 32, 64, 64, 128, 128]), ("workshop-4", [192, 192])):
+        layers = [row["built"] for row in everything[name]["rows"]]
+        assert [layer["c_out"] for layer in layers] == [16, *blocks, 64, 1]
+        expansions = [layer["expansion"] for layer in layers if "expansion" in layer]
+        assert expansions == len(blocks) * [{"mgic-2": 4, "workshop-4": 2}[name]]
 
 
 def test_a_layer_that_is_not_built_as_printed_is_said_to_differ():
