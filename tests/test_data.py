@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from tiny import RECIPE, stripes
 
 from mgic.data import Augmentation, Images, augment_batch, epoch_order, load_data, padded, random_key
+from mgic.data.images import centre_crop
 from mgic.errors import UserError
 from mgic.training import train
 
@@ -328,6 +329,15 @@ def test_image_folders_give_the_same_pixels_with_any_number_of_workers_and_any_s
     epochs = [list(data.train.training_batches(one_batch, Augmentation(seed=0), epoch, 0, 0)) for epoch in (0, 1)]
     assert not _same(*epochs)
     assert _same(list(data.test.evaluation_batches(4, 0)), list(data.test.evaluation_batches(4, 2)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 18), (18, 30), (26, 18)])
+def test_evaluation_cuts_the_centre_out_of_an_image_an_eighth_larger(height, width):
+    """At 16 the shorter side becomes 18; it is 18 already, so the pixels stay what they are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    top, left = (height - 16) // 2, (width - 16) // 2
+    expected = torch.from_numpy(pixels[top : top + 16, left : left + 16].copy()).permute(2, 0, 1)
+    assert torch.equal(centre_crop(16, Image.fromarray(pixels)), expected)
 
 
 def test_images_of_every_mode_are_read_as_colour(folder):
