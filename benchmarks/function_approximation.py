@@ -51,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="the paper's setting: 10 million points, 1,000 epochs")
-    parser.add_argument("--c-max", type=int, nargs="+", help="greatest widths; 64 to 512, with --full to 1024")
+    parser.add_argument("--c-max", type=int, nargs="+", help="greatest widths; 32 to 256, with --full 64 to 1024")
     parser.add_argument("--folds", type=int, help="3, with --full 10")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's")
     parser.add_argument("--points", type=int, help="in place of the paper's number")
@@ -66,7 +66,7 @@ def main(given: Sequence[str] | None = None) -> None:
         epochs=args.epochs or base.epochs,
         data_args={"points": args.points} if args.points else {},
     )
-    widths = args.c_max or [64, 128, 256, 512, *[1024] * args.full]
+    widths = args.c_max or ([64, 128, 256, 512, 1024] if args.full else [32, 64, 128, 256])
     folds = range(args.folds or (10 if args.full else 3))
     stated = [word for word in given if word not in ("--out", str(args.out), "--results", str(args.results))]
     command = shlex.join(["python", "benchmarks/function_approximation.py", *stated, "--out=RUNS", "--results=RESULTS"])
