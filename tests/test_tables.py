@@ -210,7 +210,8 @@ def test_a_layer_that_is_not_built_as_printed_is_said_to_differ():
 
 def test_a_row_is_counted_as_soon_as_its_network_is_registered(monkeypatch):
     def create_model(name, **overrides):
-        assert (name, overrides) == ("mgic_lraspp_small", {"group_size": 64, "coarsest": 64})
+        assert name == "mgic_lraspp_small"
+        assert {"group_size": 64, "coarsest": 64}.items() <= overrides.items()  # another reading has more of them
         return nn.Conv2d(3, 5, 1)
 
     monkeypatch.setattr(tables, "list_models", lambda: ["mgic_lraspp_small"])
