@@ -577,10 +577,10 @@ FUNCTIONS_SMALL = replace(
     step_size=0,
     ema_decay=0.98,
 )
-"""The one function of the workshop paper by the networks of Table 2, small enough for a CPU: 470 steps instead of 475,000.
+"""The function of the workshop paper by the networks of Table 2, small enough for a CPU: 470 steps instead of 475,000.
 
-The weights are averaged, and with them the statistics of the batch norms: those of the last few batches alone, a per cent off,
-would shift the steep function by more than a network's own error.
+The weights are averaged, and with them the statistics of the batch norms: those of the last few batches alone, a per cent
+off, would shift the steep function by more than a network's own error.
 """
 
 RECIPES: dict[str, Recipe] = {
