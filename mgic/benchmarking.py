@@ -179,13 +179,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def _serve(pipe: Connection, case: Case) -> None:
     """Make the path and say how that went; then, each time it is asked, say how long a call takes."""
     torch.set_num_threads(case.threads)
-    try:
-        timing, run, x = _prepare(case)
-    except UserError as error:
-        pipe.send(Timing(case, reason=str(error)))
-        return
-    pipe.send(timing)
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):  # nobody asks any more
+        try:
+            timing, run, x = _prepare(case)
+        except UserError as error:
+            pipe.send(Timing(case, reason=str(error)))
+            return
+        pipe.send(timing)
         while True:
             pipe.send(_time_call(run, x, pipe.recv()))
 
@@ -255,7 +255,7 @@ class _Worker:
         """Return its next answer; None if it died, which is then the reason."""
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             self.timing = Timing(self.timing.case, reason=f"its process ended with status {self.process.exitcode}")
             return None
@@ -264,7 +264,7 @@ class _Worker:
         """Time it once, if it can be timed."""
         if self.timing.reason is None:
             time.sleep(PAUSE)
-            with suppress(BrokenPipeError):  # it died since: receive says so
+            with suppress(ConnectionError):  # it died since: receive says so
                 self.pipe.send(seconds)
             answer = self.receive()
             self.seconds += [] if answer is None else [answer]
