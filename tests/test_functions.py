@@ -13,6 +13,7 @@ from torch import nn
 
 import mgic
 from mgic import MGICBlock, UserError
+from mgic.cli import main
 from mgic.counting import count_trainable
 from mgic.data import Augmentation, epoch_order, load_data
 from mgic.data.functions import uniform
@@ -208,13 +209,15 @@ def test_the_workshops_net_has_two_blocks_of_160_alpha_channels(alpha, width):
     assert shapes == [(2, 16), *inner, (width, 64), (64, 1)]
 
 
-def test_networks_are_built_by_name_and_not_by_timm():
+def test_networks_are_built_by_name_and_not_by_timm(capsys):
     for name in ("function_net", "ghost_function_net", "mgic_function_net"):
         model = mgic.create_model(name, c_max=32, num_classes=3, in_chans=2)
         assert isinstance(model, FunctionNet)
         assert model(torch.zeros(4, 2)).shape == (4, 3)
         assert name in mgic.list_models("*function*")
         assert "c_max" in model.arguments
+    assert main(["cost", "mgic_function_net"]) == 0
+    assert "90,097 parameters, 72,624 MACs at 5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class FunctionNet(nn.Module):
                 f"{in_chans=!r}, {num_classes=!r}"
             )
         self.in_chans, self.num_classes = in_chans, num_classes
+        self.pretrained_cfg = {"input_size": (in_chans,)}  # what it is counted for, as of the classifiers
         self.stem = ChannelChange(in_chans, STEM, kernel_size=1, groups=1)
         before = (STEM, *widths[:-1])
         self.stages = nn.Sequential(*(block(*pair, expansion) for pair in zip(before, widths, strict=True)))
