@@ -200,9 +200,16 @@ Pattern pattern_of(const Op& op) {
   return ANY;
 }
 
+// The pixels that the next chunk needs and this one does not: of so many channels, from this address on.
+struct Ahead {
+  const float* pixels;
+  int channels;
+};
+
 // Blocks of N output channels, one behind the other, over one chunk of M vectors of pixels.
 template <int N, int M, Pattern P>
-void conv_blocks(const Op& op, float* arena, int group, int from, int to, int first, int last, int row, int begin) {
+void conv_blocks(const Op& op, float* arena, int group, int from, int to, int first, int last, int row, int begin,
+                 const Ahead& next) {
   const int outputs = op.channels / op.groups, inputs = op.in_channels / op.groups;
   const int64_t plane = op.y_plane;
   const int channel = group * outputs + from;
@@ -213,8 +220,11 @@ void conv_blocks(const Op& op, float* arena, int group, int from, int to, int fi
   const float* added = P >= RESIDUAL && P != ANY ? arena + op.steps[0].offset : nullptr;
   const float* subtracted = P == RESIDUAL_RECTIFIED_LESS ? arena + op.steps[2].offset : nullptr;
   const int rest = op.exact ? op.length - begin - (M - 1) * L : L;  // lanes of the last vector that may be written
+  const int share = (next.channels * N + to - from - 1) / (to - from);  // fetched while a block is computed: all at once would wait
+  const float *fetched = next.pixels, *fetch_end = next.pixels + next.channels * op.x_plane;
   for (int block = from; block < to; block += N, at += N * plane, w += int64_t(N) * op.depth, bias += N) {
     float* y = arena + op.y + at;
+    for (int i = 0; i < share && fetched < fetch_end; ++i, fetched += op.x_plane) prefetch<TILE, false>(fetched);
     vec acc[N][M];
     if (P != ANY || first == 0) {
       UNROLL for (int i = 0; i < N; ++i) UNROLL for (int j = 0; j < M; ++j) acc[i][j] = splat(bias[i]);
@@ -275,7 +285,7 @@ void conv_blocks(const Op& op, float* arena, int group, int from, int to, int fi
   }
 }
 
-using ConvBlocks = void (*)(const Op&, float*, int, int, int, int, int, int, int);
+using ConvBlocks = void (*)(const Op&, float*, int, int, int, int, int, int, int, const Ahead&);
 
 // [vectors - 1]: the kernels for whole blocks of output channels.
 template <Pattern P>
@@ -313,15 +323,16 @@ void conv(const Op& op, float* arena, int me, int threads) {
         const int row = int(cell / chunks), chunk = int(cell % chunks);
         const int v0 = int(int64_t(vectors) * chunk / chunks), v1 = int(int64_t(vectors) * (chunk + 1) / chunks);
         const int m = v1 - v0 - 1;
-        if (op.ahead && cell + 1 < end) {
-          const float* next = arena + op.x + int64_t(group) * inputs * op.x_plane + v1 * L + reach;
-          for (int channel = 0; channel < inputs; ++channel) prefetch<TILE, false>(next + channel * op.x_plane);
+        Ahead next{nullptr, 0};
+        if (cell + 1 < end) {
+          const int taps = op.depth / inputs, channel = group * inputs + first / taps;
+          next = {arena + op.x + channel * op.x_plane + v1 * L + reach, (last - first) / taps};
         }
-        if (from < whole) kernels[m](op, arena, group, from, whole, first, last, row, v0 * L);
+        if (from < whole) kernels[m](op, arena, group, from, whole, first, last, row, v0 * L, next);
         int block = whole;
         for (int log = 2; log >= 0; --log)
           if (const int size = 1 << log; size < BLOCK && block + size <= to) {
-            SMALLER[log][m](op, arena, group, block, block + size, first, last, row, v0 * L);
+            SMALLER[log][m](op, arena, group, block, block + size, first, last, row, v0 * L, Ahead{nullptr, 0});
             block += size;
           }
       }
@@ -405,29 +416,93 @@ INLINE void deinterleave(vec a, vec b, float* even, float* odd, std::integer_seq
   store(odd, __builtin_shufflevector(a, b, (2 * I + 1)...));
 }
 
-// Copy a row of the map into a row of the scratch. Column q of remainder p is pixel q * stride + p - pad.
+// Copy a row of the map into a row of the scratch. Column q of remainder p is pixel q * stride + p - pad; around the pixels
+// lies padding, before and after.
 template <int S>
 INLINE void scratch_row(const Op& op, const Scratch& s, const float* in, float* out, float padding) {
-  const vec pads = splat(padding);
-  const int stride = S ? S : op.stride_w;
+  ivec lane;
+  UNROLL for (int i = 0; i < L; ++i) lane[i] = i;
+  const auto pixels = [&](int i) {
+    const vec v = load(in + i);
+    return i + L <= op.in_width ? v : lane < op.in_width - i ? v : splat(padding);
+  };
   if (S == 1) {
-    float* to = out + op.pad_w;
-    for (int i = 0; i < op.in_width; i += L) store(to + i, load(in + i));
+    for (int i = 0; i < op.in_width; i += L) store(out + op.pad_w + i, pixels(i));
   } else if (S == 2) {
     // Pixel 0 is column pad / 2 of one remainder; pixel 1 is in the other, one further if the first was the odd one.
     float* even = out + (op.pad_w & 1) * s.phase + op.pad_w / 2;
     float* odd = out + ((op.pad_w + 1) & 1) * s.phase + (op.pad_w + 1) / 2;
     for (int i = 0; i < op.in_width; i += 2 * L)
-      deinterleave(load(in + i), load(in + i + L), even + i / 2, odd + i / 2, std::make_integer_sequence<int, L>());
+      deinterleave(pixels(i), pixels(i + L), even + i / 2, odd + i / 2, std::make_integer_sequence<int, L>());
+  } else {
+    for (int p = 0; p < op.stride_w; ++p) {
+      const int q = op.pad_w > p ? (op.pad_w - p + op.stride_w - 1) / op.stride_w : 0;
+      for (int i = q, at = q * op.stride_w + p - op.pad_w; at < op.in_width && i < s.columns; ++i, at += op.stride_w)
+        out[p * s.phase + i] = in[at];
+    }
   }
-  for (int p = 0; p < stride; ++p) {
-    const int q = op.pad_w > p ? (op.pad_w - p + stride - 1) / stride : 0;
-    const int first = q * stride + p - op.pad_w;
-    const int count = first < op.in_width ? (op.in_width - first + stride - 1) / stride : 0;
-    float* to = out + p * s.phase + q;
-    if (S == 0)
-      for (int i = 0; i < count && q + i < s.columns; ++i) to[i] = in[first + i * stride];
-    for (int i = count; q + i < s.columns; i += L) store(to + i, pads);
+}
+
+// Finish R rows of a vector of pixels each, from row y0 and column x on.
+template <int R>
+INLINE void store_rows(vec (&acc)[R][1], const Op& op, float* arena, int channel, int y0, int x) {
+  const int64_t body = int64_t(op.height) * op.y_row, within = int64_t(y0) * op.y_row + x, at = channel * op.y_plane + within;
+  finish<R, 1>(acc, op, arena, at, op.y_row, channel, 0);
+  float* y = arena + op.y + at;
+  UNROLL for (int r = 0; r < R; ++r) {
+    // Short rows: what is written behind one is written again by the next; behind the last there may be no room.
+    if (within + r * op.y_row + L <= body || op.width >= L) store(y + r * op.y_row, acc[r][0]);
+    else store_part(y + r * op.y_row, acc[r][0], op.width - x);
+  }
+}
+
+// Write the zeros behind the rows of a channel, if somebody reads them.
+void clear_gaps(const Op& op, float* arena, int channel) {
+  if (!op.mask) return;
+  float* y = arena + op.y + channel * op.y_plane;
+  const int gap = op.y_row - op.width;
+  for (int r = 0; r < op.height; ++r) std::memset(y + int64_t(r) * op.y_row + op.width, 0, sizeof(float) * size_t(gap));
+  const int64_t body = int64_t(op.height) * op.y_row, full = (body + L - 1) / L * L;
+  std::memset(y + body, 0, sizeof(float) * size_t(full - body));
+}
+
+// A depthwise convolution of stride 1 that keeps the size of the map needs no copy: what lies beside the rows is masked, and
+// rows above (TOP) and below (BOTTOM) the map are left out. R rows of output at once, each row of input loaded once for all.
+template <int K, int R, bool TOP, bool BOTTOM>
+void same_rows(const Op& op, float* arena, int channel, int y0) {
+  constexpr int PAD = K / 2, BEGIN = TOP ? PAD : 0, END = R + K - 1 - (BOTTOM ? PAD : 0);
+  const float* w = op.weight + channel * K * K;
+  const float* rows = arena + op.x + channel * op.x_plane + int64_t(y0 + BEGIN - PAD) * op.x_row;
+  ivec lane;
+  UNROLL for (int i = 0; i < L; ++i) lane[i] = i;
+  for (int column = 0; column < op.width; column += L) {
+    const int x = op.width - column < L && op.width >= L ? op.width - L : column;  // the last vector overlaps the one before
+    vec acc[R][1];
+    UNROLL for (int r = 0; r < R; ++r) acc[r][0] = splat(op.bias[channel]);
+    UNROLL for (int kx = 0; kx < K; ++kx) {
+      const int at = x + kx - PAD;
+      const ivec inside = (lane >= -at) & (lane < op.width - at);
+      const float* p = rows + at;
+      UNROLL for (int q = BEGIN; q < END; ++q, p += op.x_row) {
+        const vec v = kx == PAD ? load(p) : (vec)((ivec)load(p) & inside);
+        UNROLL for (int r = 0; r < R; ++r)
+          if (q - r >= 0 && q - r < K) acc[r][0] += splat(w[(q - r) * K + kx]) * v;
+      }
+    }
+    store_rows<R>(acc, op, arena, channel, y0, x);
+  }
+}
+
+template <int K, int R>
+void same_size(const Op& op, float* arena, int me, int threads) {
+  const Share share(op.channels, me, threads);
+  for (int channel = int(share.begin); channel < share.end; ++channel) {
+    for (int y = 0; y < op.height; y += R) {
+      const bool bottom = y + R == op.height;
+      if (y) (bottom ? same_rows<K, R, false, true> : same_rows<K, R, false, false>)(op, arena, channel, y);
+      else (bottom ? same_rows<K, R, true, true> : same_rows<K, R, true, false>)(op, arena, channel, y);
+    }
+    clear_gaps(op, arena, channel);
   }
 }
 
@@ -436,9 +511,8 @@ template <class Act, int K, int S, int R>
 INLINE void window_rows(const Op& op, float* arena, const float* scratch, const Scratch& s, const float* w, float start, int channel,
                         int y0, const float* inverse_counts) {
   const int height = K ? K : op.kernel_h, width = K ? K : op.kernel_w;
-  const int64_t body = int64_t(op.height) * op.y_row;
   for (int column = 0; column < op.width; column += L) {
-    const int x = op.width - column < L && op.width >= L ? op.width - L : column;  // the last vector overlaps the one before
+    const int x = op.width - column < L && op.width >= L ? op.width - L : column;  // as above
     vec acc[R][1];
     UNROLL for (int r = 0; r < R; ++r) acc[r][0] = splat(start);
     if (S) {
@@ -466,14 +540,7 @@ INLINE void window_rows(const Op& op, float* arena, const float* scratch, const 
     if (inverse_counts) {
       UNROLL for (int r = 0; r < R; ++r) acc[r][0] *= load(inverse_counts + int64_t(y0 + r) * op.width + x);
     }
-    const int64_t within = int64_t(y0) * op.y_row + x, at = channel * op.y_plane + within;
-    finish<R, 1>(acc, op, arena, at, op.y_row, channel, 0);
-    float* y = arena + op.y + at;
-    UNROLL for (int r = 0; r < R; ++r) {
-      // Short rows: what is written behind one is written again by the next; behind the last there may be no room.
-      if (within + r * op.y_row + L <= body || op.width >= L) store(y + r * op.y_row, acc[r][0]);
-      else store_part(y + r * op.y_row, acc[r][0], op.width - x);
-    }
+    store_rows<R>(acc, op, arena, channel, y0, x);
   }
 }
 
@@ -489,7 +556,6 @@ void windows(const Op& op, float* arena, int me, int threads, float padding) {
   if (memory.size() < floats * size_t(together)) memory.resize(floats * size_t(together));
   std::fill_n(memory.data(), floats * size_t(together), padding);
   const int last = std::min(rows - op.pad_h, op.in_height);
-  const int gap = op.y_row - op.width;
   for (int64_t begin = share.begin; begin < share.end; begin += together) {
     const int64_t end = std::min(begin + together, share.end);
     for (int64_t source = begin; source < end; ++source) {
@@ -508,12 +574,7 @@ void windows(const Op& op, float* arena, int me, int threads, float padding) {
         for (; y + 7 <= op.height; y += 7) window_rows<Act, K, S, 7>(op, arena, from(y), s, w, start, channel, y, counts);
       for (; y + 4 <= op.height; y += 4) window_rows<Act, K, S, 4>(op, arena, from(y), s, w, start, channel, y, counts);
       for (; y < op.height; y += 1) window_rows<Act, K, S, 1>(op, arena, from(y), s, w, start, channel, y, counts);
-      if (op.mask) {
-        float* out = arena + op.y + channel * op.y_plane;
-        for (int r = 0; r < op.height; ++r) std::memset(out + int64_t(r) * op.y_row + op.width, 0, sizeof(float) * size_t(gap));
-        const int64_t body = int64_t(op.height) * op.y_row, full = (body + L - 1) / L * L;
-        std::memset(out + body, 0, sizeof(float) * size_t(full - body));
-      }
+      clear_gaps(op, arena, channel);
     }
   }
 }
@@ -521,6 +582,12 @@ void windows(const Op& op, float* arena, int me, int threads, float padding) {
 template <class Act, int K>
 void windows_of_stride(const Op& op, float* arena, int me, int threads, float padding) {
   const bool square = op.stride_h == op.stride_w && op.dilation_h == 1 && op.dilation_w == 1;
+  if constexpr (Act::WEIGHTED && K != 0) {
+    const bool same = square && op.stride_h == 1 && op.pad_h == K / 2 && op.pad_w == K / 2 && op.in_height == op.height &&
+                      op.in_width == op.width && op.multiplier == 1;
+    if (same && op.height % 7 == 0) return same_size<K, 7>(op, arena, me, threads);
+    if (same && op.height % 4 == 0) return same_size<K, 4>(op, arena, me, threads);
+  }
   if (square && op.stride_h == 1) return windows<Act, K, 1>(op, arena, me, threads, padding);
   if (square && op.stride_h == 2) return windows<Act, K, 2>(op, arena, me, threads, padding);
   return windows<Act, 0, 0>(op, arena, me, threads, padding);
