@@ -2,7 +2,9 @@
 
 Each way runs in a process of its own, because the thread pools of different runtimes disturb one another in one process, and
 because memory and crashes are then its own. Only one process computes at a time: in every round each is asked once, in
-turn, so that whatever else the machine does falls on all alike.
+turn, so that whatever else the machine does falls on all alike. Before and after each time taken, the process multiplies two
+small matrices: if that takes longer than it can, somebody else has a share of the processor (on a virtual machine nobody
+sees who), and it is asked again.
 """
 
 import csv
@@ -38,6 +40,10 @@ TOLERANCE = 1e-4
 """Largest relative difference from eager PyTorch of a path that counts."""
 PAUSE = 0.05
 """Seconds between two processes: what it takes idle threads of a runtime to stop spinning."""
+QUIET = 1.1
+"""Times the shortest time of the reference computation, up to which a process counts as undisturbed."""
+TRIES = 8
+"""How often a process is asked in a round until it is undisturbed; after that its least disturbed answer counts."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ class Timing:
         peak_mib: Most memory in a call beyond what the process held before the network was made (libraries loaded), weights
             and what making the path left behind included; None where the system does not tell.
         reason: Why there is no time.
+        disturbed: In how many rounds others had a share of the processor, however often it was asked.
     """
 
     case: Case
@@ -158,6 +165,7 @@ class Timing:
     build_seconds: float | None = None
     peak_mib: float | None = None
     reason: str | None = None
+    disturbed: int = 0
 
     @property
     def median(self) -> float:
@@ -176,6 +184,25 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return ordered[(len(ordered) - 1) // 4], ordered[len(ordered) - 1 - (len(ordered) - 1) // 4]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Time of a call, and of the reference computation before and after."""
+
+    seconds: float
+    references: tuple[float, ...]
+
+
+def _reference() -> float:
+    """Time of a small matrix product, in seconds."""
+    matrix = torch.ones(256, 256)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
 def _serve(pipe: Connection, case: Case) -> None:
     """Make the path and say how that went; then, each time it is asked, say how long a call takes."""
     torch.set_num_threads(case.threads)
@@ -187,7 +214,10 @@ def _serve(pipe: Connection, case: Case) -> None:
             return
         pipe.send(timing)
         while True:
-            pipe.send(_time_call(run, x, pipe.recv()))
+            seconds = pipe.recv()
+            references = [_reference()]
+            took = _time_call(run, x, seconds)
+            pipe.send(_Answer(took, (*references, _reference())))
 
 
 def _prepare(case: Case) -> tuple[Timing, Run, Tensor]:
@@ -257,7 +287,7 @@ class _Worker:
         self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
         self.process.start()
         theirs.close()
-        self.timing, self.seconds = Timing(case), list[float]()
+        self.timing, self.seconds, self.disturbed = Timing(case), list[float](), 0
 
     def receive(self) -> Any:
         """Return its next answer; None if it died, which is then the reason."""
@@ -268,19 +298,36 @@ class _Worker:
             self.timing = Timing(self.timing.case, reason=f"its process ended with status {self.process.exitcode}")
             return None
 
-    def ask(self, seconds: float) -> None:
-        """Time it once, if it can be timed."""
-        if self.timing.reason is None:
+    def ask(self, seconds: float, fastest: dict[int, float]) -> None:
+        """Time it once, if it can be timed. ``fastest``: time of the reference computation, by the number of threads."""
+        answers: list[_Answer] = []
+        threads = self.timing.case.threads
+        while self.timing.reason is None and len(answers) < TRIES:
             time.sleep(PAUSE)
             with suppress(ConnectionError):  # it died since: receive says so
                 self.pipe.send(seconds)
             answer = self.receive()
-            self.seconds += [] if answer is None else [answer]
+            if answer is None:
+                return
+            answers.append(answer)
+            fastest[threads] = min(fastest.get(threads, float("inf")), *answer.references)
+            if max(answer.references) <= QUIET * fastest[threads]:
+                break
+        if answers:
+            best = min(answers, key=lambda answer: max(answer.references))
+            self.seconds.append(best.seconds)
+            self.disturbed += max(best.references) > QUIET * fastest[threads]
 
     def result(self) -> Timing:
         """What was found."""
         found = asdict(self.timing) | {"case": self.timing.case}
-        return Timing(**found | {"seconds": () if self.timing.reason else tuple(self.seconds)})
+        if self.timing.reason is None:
+            found |= {"seconds": tuple(self.seconds), "disturbed": self.disturbed}
+        return Timing(**found)
+
+    def forget(self) -> None:
+        """Start anew."""
+        self.seconds, self.disturbed = [], 0
 
     def stop(self) -> None:
         """End the process."""
@@ -306,9 +353,12 @@ def measure(
         serve: What the process of a case does.
     """
     with _workers(cases, serve) as workers:
-        for _ in range(rounds):
+        fastest: dict[int, float] = {}
+        for turn in range(rounds + 1):  # the first one finds how fast the reference computation can be
             for worker in workers:
-                worker.ask(seconds)
+                if turn == 1:
+                    worker.forget()
+                worker.ask(seconds, fastest)
         return [worker.result() for worker in workers]
 
 
@@ -524,6 +574,7 @@ def _row(timing: Timing, counted: Cost) -> dict[str, Any]:
         "ms": 1e3 * timing.median if timing.seconds else None,
         "ms_lower_quartile": spread[0],
         "ms_upper_quartile": spread[1],
+        "disturbed": timing.disturbed,
         "error": timing.error,
         "build_seconds": timing.build_seconds,
         "peak_mib": timing.peak_mib,
@@ -538,26 +589,33 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     timed = [row for row in rows if row["ms"] is not None and row["path"] != TRAINING]
     settings = list(dict.fromkeys((row["batch"], row["threads"]) for row in timed))
-    figure, axes = plt.subplots(1, max(len(settings), 1), figsize=(7 * max(len(settings), 1), 5), squeeze=False)
+    count = max(len(settings), 1)
+    figure, axes = plt.subplots(1, count, figsize=(9 * count, 5), squeeze=False, layout="constrained")
     for axis, (batch, threads) in zip(axes[0], settings, strict=False):
         fastest: dict[str, Mapping[str, Any]] = {}
         for row in timed:
             best = fastest.get(row["network"])
             if (row["batch"], row["threads"]) == (batch, threads) and (best is None or row["ms"] < best["ms"]):
                 fastest[row["network"]] = row
-        for name, row in fastest.items():
-            ours = name.startswith("mg")
-            axis.plot(row["macs"] / 1e6, row["ms"], "o" if ours else "s", color="C0" if ours else "C1")
-            label = f"{name} ({row['path']})"
-            axis.annotate(label, (row["macs"] / 1e6, row["ms"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        for number, (name, row) in enumerate(fastest.items(), 1):  # numbers, for names would cover each other
+            at, ours = (row["macs"] / 1e6, row["ms"]), name.startswith("mg")
+            style: dict[str, Any] = {"marker": "o" if ours else "s", "color": "C0" if ours else "C1", "linestyle": ""}
+            axis.plot(*at, markersize=6, label=f"{number}  {name} ({row['path']})", **style)
+            axis.annotate(str(number), at, fontsize=9, xytext=(5, 4), textcoords="offset points")
         axis.set(xscale="log", yscale="log", xlabel="multiply-adds of one input [10⁶]", ylabel="time of a call [ms]")
         axis.set_title(f"batch {batch}, {threads} thread(s)")
-        axis.margins(0.25)  # room for the names
+        for direction in (axis.xaxis, axis.yaxis):
+            direction.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            direction.set_major_formatter("{x:g}")
+            direction.set_minor_formatter("")
+        axis.margins(0.1)
         axis.grid(visible=True, which="both", alpha=0.3)
+        if fastest:
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(file, dpi=150, format="png")
     plt.close(figure)

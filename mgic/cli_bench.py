@@ -183,13 +183,18 @@ def _command(given: Sequence[str]) -> str:
 
 
 def _write_record(path: Path, found: "Benchmark", command: str) -> None:
+    from .benchmarking import QUIET, TRIES
     from .training.records import make_record, write_record
 
     times = [row for row in found.timings if row["seconds"]]
     metrics = {
         f"{r['network']} {r['path']} batch {r['batch']} threads {r['threads']} seconds": r["seconds"] for r in times
     }
-    notes = ["each path ran in a process of its own, one at a time, in turns; outputs were held against eager PyTorch"]
+    notes = [
+        "each path ran in a process of its own, one at a time, in turns; outputs were held against eager PyTorch",
+        f"a time counts if a small matrix product before and after took at most {QUIET} times its shortest time, or it was "
+        f"the least disturbed of {TRIES} tries; disturbed says how many of the {found.rounds} rounds were",
+    ]
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in found.timings]
     record = make_record(
         command,

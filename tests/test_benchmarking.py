@@ -45,11 +45,19 @@ def answer(pipe, case):
         pipe.send(Timing(case, reason="not today"))
         return
     pipe.send(Timing(case, error=0.0))
-    for count in range(3):
-        if case.path == "dies" and count == 1:
+    for count in range(1 + 3):  # once before the rounds
+        if case.path == "dies" and count == 2:
             pipe.poll(None)  # with the question unread
             os._exit(8)
-        pipe.send(pipe.recv() * (count + 1) + case.batch)
+        pipe.send(benchmarking._Answer(pipe.recv() * count + case.batch, (1.0, 1.0)))
+
+
+def disturbed(pipe, case):
+    """A process that says how often it was asked, with the times of the reference computation that its path lists."""
+    pipe.send(Timing(case, error=0.0))
+    for count, references in enumerate(json.loads(case.path)):
+        pipe.recv()
+        pipe.send(benchmarking._Answer(count, tuple(references)))
 
 
 @pytest.fixture
@@ -188,6 +196,23 @@ def test_processes_are_asked_in_turns_and_one_that_ends_is_a_reason():
         None,
     ]
     assert found[3].seconds == ()
+
+
+def test_a_process_is_asked_again_until_nobody_disturbs_it():
+    """A limit of 1.1; before the rounds (answer 0) nothing is known of how fast the reference computation can be."""
+    tries = benchmarking.TRIES
+    quiet, before, after = (1.0, 1.05), (1.2, 1.0), (1.0, 1.2)
+    calm = json.dumps([(2.0, 2.0), before, after, quiet, quiet])
+    never = json.dumps([quiet, quiet, *[before] * (tries - 1), (1.15, 1.0)])
+    one, other = measure([Case(SMALL, calm), Case(SMALL, never)], rounds=2, seconds=0.1, serve=disturbed)
+    assert (one.seconds, one.disturbed) == ((3, 4), 0)
+    assert (other.seconds, other.disturbed) == ((1, 1 + tries), 1)  # the least disturbed answer
+
+
+def test_the_limit_is_that_of_as_many_threads():
+    slow, fast = json.dumps([[4.0, 4.0]] * 2), json.dumps([[2.0, 2.0]] * 2)
+    cases = [Case(SMALL, slow), Case(SMALL, fast, threads=2)]
+    assert [one.disturbed for one in measure(cases, rounds=1, seconds=0.1, serve=disturbed)] == [0, 0]
 
 
 def test_a_network_is_really_run_checked_and_timed():
