@@ -199,11 +199,11 @@ def test_processes_are_asked_in_turns_and_one_that_ends_is_a_reason():
 
 
 def test_a_process_is_asked_again_until_nobody_disturbs_it():
-    """A limit of 1.1; before the rounds (answer 0) nothing is known of how fast the reference computation can be."""
+    """A limit of 1.2; before the rounds (answer 0) nothing is known of how fast the reference computation can be."""
     tries = benchmarking.TRIES
-    quiet, before, after = (1.0, 1.05), (1.2, 1.0), (1.0, 1.2)
+    quiet, before, after = (1.0, 1.15), (1.3, 1.0), (1.0, 1.3)
     calm = json.dumps([(2.0, 2.0), before, after, quiet, quiet])
-    never = json.dumps([quiet, quiet, *[before] * (tries - 1), (1.15, 1.0)])
+    never = json.dumps([quiet, quiet, *[before] * (tries - 1), (1.25, 1.0)])
     one, other = measure([Case(SMALL, calm), Case(SMALL, never)], rounds=2, seconds=0.1, serve=disturbed)
     assert (one.seconds, one.disturbed) == ((3, 4), 0)
     assert (other.seconds, other.disturbed) == ((1, 1 + tries), 1)  # the least disturbed answer
