@@ -584,23 +584,24 @@ def _row(timing: Timing, counted: Cost) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Draw time against multiply-adds, each network in its fastest path, one panel for each batch and thread count."""
+    """Draw time against multiply-adds, each network in its fastest path; a panel for each setting of several networks."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    timed = [row for row in rows if row["ms"] is not None and row["path"] != TRAINING]
-    settings = list(dict.fromkeys((row["batch"], row["threads"]) for row in timed))
-    count = max(len(settings), 1)
+    panels: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        fastest = panels.setdefault((row["batch"], row["threads"]), {})
+        best = fastest.get(row["network"])
+        if row["ms"] is not None and row["path"] != TRAINING and (best is None or row["ms"] < best["ms"]):
+            fastest[row["network"]] = row
+    most = max(map(len, panels.values()), default=0)
+    panels = {setting: fastest for setting, fastest in panels.items() if len(fastest) > 1 or most < 2}
+    count = max(len(panels), 1)
     figure, axes = plt.subplots(1, count, figsize=(9 * count, 5), squeeze=False, layout="constrained")
-    for axis, (batch, threads) in zip(axes[0], settings, strict=False):
-        fastest: dict[str, Mapping[str, Any]] = {}
-        for row in timed:
-            best = fastest.get(row["network"])
-            if (row["batch"], row["threads"]) == (batch, threads) and (best is None or row["ms"] < best["ms"]):
-                fastest[row["network"]] = row
+    for axis, ((batch, threads), fastest) in zip(axes[0], panels.items(), strict=False):
         for number, (name, row) in enumerate(fastest.items(), 1):  # numbers, for names would cover each other
             at, ours = (row["macs"] / 1e6, row["ms"]), name.startswith("mg")
             style: dict[str, Any] = {"marker": "o" if ours else "s", "color": "C0" if ours else "C1", "linestyle": ""}

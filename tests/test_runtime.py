@@ -382,6 +382,26 @@ def test_depthwise_convolutions_and_pools_of_any_shape(channels, multiplier, ker
     check(nn.AvgPool2d(kernel, stride, kernel // 2), x, threads, name)
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("size", [(4, 1), (7, 7), (8, 8), (12, 20), (14, 17), (21, 3)])
+def test_depthwise_convolutions_that_keep_the_size(kernel, size, name):
+    """They read the map where it lies; what follows reads their result over its edges, or adds to it."""
+    torch.manual_seed(kernel)
+    depthwise = nn.Conv2d(5, 5, kernel, padding=kernel // 2, groups=5)
+    x = torch.randn(2, 5, *size)
+    check(nn.Sequential(conv(5, 5), depthwise, nn.Hardswish(), conv(5, 3, 3, padding=1)), x, 1, name)
+    check(Lambda(lambda x, c: F.relu(c(x) + x), depthwise), x, 2, name)
+
+
+def test_a_layer_that_is_run_twice_is_kept_once():
+    layer, x = conv(64, 64, 3, padding=1), torch.randn(1, 64, 5, 5)
+    floats = [compile_engine(nn.Sequential(*[layer] * n), x, 1)._constants.floats.size for n in (1, 3)]
+    assert floats[1] - floats[0] < 0.05 * floats[0]
+    other = compile_engine(nn.Sequential(layer, conv(64, 64, 3, padding=1)), x, 1)
+    assert other._constants.floats.size > 1.9 * floats[0]
+
+
 def test_long_sums_are_cut_into_parts_without_a_difference():
     """More taps than fit into the cache: partial sums are kept in the result."""
     torch.manual_seed(4)
@@ -485,6 +505,8 @@ for name in t.SETS[-1:]:
         t.check(network, torch.randn(3, 3, 33, 57), 2, name)
     for operation in t.OPERATIONS.values():
         t.check(t.Lambda(operation, t.conv(6, 6)), torch.randn(1, 6, 12, 10), 2, name)
+    for kernel, size in ((3, (4, 1)), (5, (7, 7)), (7, (8, 9)), (3, (28, 17))):
+        t.check(nn.Conv2d(6, 6, kernel, 1, kernel // 2, groups=6), torch.randn(1, 6, *size), 1, name)
     for kernel, stride, size in ((3, 2, (7, 5)), (5, 1, (7, 7)), (7, 2, (9, 30)), (4, 3, (11, 6))):
         t.check(nn.Conv2d(6, 12, kernel, stride, kernel // 2, groups=6), torch.randn(1, 6, *size), 1, name)
         t.check(nn.Conv2d(6, 10, kernel, stride, kernel // 2, groups=2), torch.randn(1, 6, *size), 2, name)

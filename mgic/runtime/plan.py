@@ -669,10 +669,11 @@ def _resolve(value: Any, memory: _Arena) -> Any:
 
 
 class _Constants:
-    """Arrays that are laid behind one another, each at the start of a cache line with some room behind it."""
+    """Arrays laid behind one another, each at the start of a cache line with some room behind it; equal ones once."""
 
     def __init__(self) -> None:
         self.floats = 0
+        self._alike: dict[tuple[int, bytes, bytes], list[tuple[_Place, np.ndarray[Any, Any]]]] = {}
         self._arrays: list[tuple[int, np.ndarray[Any, Any]]] = []
         self._masks: dict[Geometry, _Place] = {}
 
@@ -680,7 +681,13 @@ class _Constants:
         """Remember an array of 4-byte numbers."""
         kind = np.int32 if array.dtype.kind in "iu" else np.float32
         flat = np.ascontiguousarray(array, kind).ravel().view(np.float32)
+        bits = flat.view(np.int32)
+        alike = self._alike.setdefault((flat.size, bits[:LINE].tobytes(), bits[-LINE:].tobytes()), [])
+        for place, other in alike:  # layers that are run more than once
+            if np.array_equal(other, bits):
+                return place
         place = _Place(self.floats)
+        alike.append((place, bits))
         self._arrays.append((self.floats, flat))
         self.floats += -(-(flat.size + 4 * LINE) // LINE) * LINE
         return place
@@ -698,6 +705,7 @@ class _Constants:
         for offset, flat in self._arrays:
             memory.floats[offset : offset + flat.size] = flat
         self._arrays.clear()
+        self._alike.clear()
 
 
 class _Arena:
