@@ -220,6 +220,12 @@ def test_accelerate_takes_the_fastest_correct_path_and_reports_the_others(networ
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("choice", ["eager", ["eager"], ("eager", "eager_nhwc")])
+def test_paths_can_be_chosen_by_name(network, choice):
+    fast = mgic.accelerate(network, torch.randn(SIZE), paths=choice, rounds=1)
+    assert [row.path for row in fast.report.results] == (["eager"] if "eager_nhwc" not in choice else list(choice))
+
+
 def test_accelerate_is_eager_where_no_path_is_right(network):
     fast = mgic.accelerate(network, torch.randn(SIZE), paths={"wrong": wrong, "abacus": missing}, rounds=1)
     x = torch.randn(SIZE)
@@ -305,6 +311,8 @@ def test_a_new_shape_may_come_from_several_threads_at_once(network):
         ({"threads": 0}, "threads=0"),
         ({"rounds": 0}, "rounds=0"),
         ({"paths": {}}, "paths must not be empty"),
+        ({"paths": []}, "paths must not be empty"),
+        ({"paths": ["eager", "egine"]}, "no path 'egine'; did you mean engine"),
         ({"example_input": torch.zeros(SIZE, dtype=torch.int64)}, "float32 batch, got .* torch.int64"),
         ({"example_input": torch.zeros(0, 3, 4, 4)}, r"float32 batch, got \(0, 3, 4, 4\)"),
         ({"example_input": torch.zeros(SIZE, device="meta")}, "tensors on meta"),

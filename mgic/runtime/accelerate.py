@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, suggest
 from .paths import PATHS, Path, PathUnavailable, Run, eager, relative_error
 
 SHAPES_KEPT = 8
@@ -113,7 +113,7 @@ def accelerate(
     example_input: Tensor,
     *,
     threads: int | None = None,
-    paths: Mapping[str, Path] = PATHS,
+    paths: Iterable[str] | Mapping[str, Path] = PATHS,
     tolerance: float = 1e-4,
     rounds: int = 9,
 ) -> Accelerated:
@@ -128,7 +128,7 @@ def accelerate(
         model: The network; it is left as it is, and later changes of its weights do not reach the result.
         example_input: One input batch, float32, on the CPU.
         threads: CPU threads; as many as PyTorch uses by default.
-        paths: The ways to try, by name.
+        paths: The ways to try: names among ``mgic.runtime.paths.PATHS``, or functions of your own by name.
         tolerance: Largest relative difference from eager PyTorch.
         rounds: Timed calls of each path.
 
@@ -136,12 +136,12 @@ def accelerate(
         UserError: If the input, its device, ``threads``, ``rounds`` or ``paths`` make no sense.
 
     Examples:
-        >>> from mgic.runtime.paths import eager
-        >>> fast = accelerate(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 16, 16), paths={"eager": eager})
+        >>> fast = accelerate(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 16, 16), paths=["eager"])
         >>> fast.path, fast(torch.randn(2, 3, 9, 9)).shape
         ('eager', torch.Size([2, 8, 7, 7]))
     """
     threads = torch.get_num_threads() if threads is None else threads
+    paths = _by_name(paths)
     _check(model, example_input, threads, rounds, paths)
     network = copy.deepcopy(model).eval()
     example = example_input.detach().clone()
@@ -190,6 +190,16 @@ def _interleaved(runs: Mapping[str, Run], x: Tensor, rounds: int) -> dict[str, l
             run(x)
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def _by_name(paths: Iterable[str] | Mapping[str, Path]) -> Mapping[str, Path]:
+    if isinstance(paths, Mapping):
+        return paths
+    names = [paths] if isinstance(paths, str) else list(paths)
+    for name in names:
+        if name not in PATHS:
+            raise UserError(f"there is no path {name!r}{suggest(name, PATHS)}")
+    return {name: PATHS[name] for name in names}
 
 
 def _check(model: nn.Module, example: Tensor, threads: int, rounds: int, paths: Mapping[str, Path]) -> None:
