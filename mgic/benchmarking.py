@@ -591,12 +591,16 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    panels: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    times: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        fastest = panels.setdefault((row["batch"], row["threads"]), {})
-        best = fastest.get(row["network"])
-        if row["ms"] is not None and row["path"] != TRAINING and (best is None or row["ms"] < best["ms"]):
-            fastest[row["network"]] = row
+        if row["ms"] is not None and row["path"] != TRAINING:
+            times.setdefault((row["batch"], row["threads"], row["network"], row["path"]), []).append(row)
+    panels: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for (batch, threads, network, _), alike in times.items():  # a network may have been timed beside several others
+        row = {**alike[0], "ms": statistics.median(row["ms"] for row in alike)}
+        fastest = panels.setdefault((batch, threads), {})
+        if network not in fastest or row["ms"] < fastest[network]["ms"]:
+            fastest[network] = row
     most = max(map(len, panels.values()), default=0)
     panels = {setting: fastest for setting, fastest in panels.items() if len(fastest) > 1 or most < 2}
     count = max(len(panels), 1)
