@@ -17,7 +17,7 @@ def fast_training_(model: nn.Module) -> list[str]:
 
     ``y[n, g] = W[g] x[n, g]`` for images ``n`` and groups ``g``, on features as they lie in memory. PyTorch's own convolution
     takes the groups one by one, or, at larger batches, a kernel made for wide groups; forward and backward pass together
-    took 0.3 to 0.85 of its time (``benchmarks/grouped_pointwise.py``). The sums are the same in another order.
+    took 0.26 to 0.91 of its time (``benchmarks/grouped_pointwise.py``). The sums are the same in another order.
 
     The choice is a function of the input alone, so that a resumed run stays the same bit for bit: contiguous (NCHW) features
     on the CPU, without autocast or half precision, and groups of at most `MOST_WEIGHTS` weights. Everything else is the
