@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,8 @@ def _serve(pipe: Connection, case: Case) -> None:
         pipe.send(timing)
         while True:
             seconds = pipe.recv()
-            references = [_reference()]
-            took = _time_call(run, x, seconds)
-            pipe.send(_Answer(took, (*references, _reference())))
+            before, took, after = _reference(), _time_call(run, x, seconds), _reference()
+            pipe.send(_Answer(took, (before, after)))
 
 
 def _prepare(case: Case) -> tuple[Timing, Run, Tensor]:
@@ -287,7 +286,8 @@ class _Worker:
         self.process = context.Process(target=serve, args=(theirs, case), daemon=True)
         self.process.start()
         theirs.close()
-        self.timing, self.seconds, self.disturbed = Timing(case), list[float](), 0
+        self.timing = Timing(case)
+        self.found: list[tuple[float, bool]] = []  # each time taken, and whether it was disturbed
 
     def receive(self) -> Any:
         """Return its next answer; None if it died, which is then the reason."""
@@ -315,19 +315,15 @@ class _Worker:
                 break
         if answers:
             best = min(answers, key=lambda answer: max(answer.references))
-            self.seconds.append(best.seconds)
-            self.disturbed += max(best.references) > QUIET * fastest[threads]
+            self.found.append((best.seconds, max(best.references) > QUIET * fastest[threads]))
 
     def result(self) -> Timing:
-        """What was found."""
-        found = asdict(self.timing) | {"case": self.timing.case}
-        if self.timing.reason is None:
-            found |= {"seconds": tuple(self.seconds), "disturbed": self.disturbed}
-        return Timing(**found)
-
-    def forget(self) -> None:
-        """Start anew."""
-        self.seconds, self.disturbed = [], 0
+        """What was found after the first time, when nobody knew yet how fast the reference computation can be."""
+        if self.timing.reason is not None:
+            return self.timing
+        counted = self.found[1:]
+        disturbed = sum(one[1] for one in counted)
+        return replace(self.timing, seconds=tuple(one[0] for one in counted), disturbed=disturbed)
 
     def stop(self) -> None:
         """End the process."""
@@ -354,10 +350,8 @@ def measure(
     """
     with _workers(cases, serve) as workers:
         fastest: dict[int, float] = {}
-        for turn in range(rounds + 1):  # the first one finds how fast the reference computation can be
+        for _ in range(1 + rounds):
             for worker in workers:
-                if turn == 1:
-                    worker.forget()
                 worker.ask(seconds, fastest)
         return [worker.result() for worker in workers]
 

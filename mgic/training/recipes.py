@@ -579,9 +579,6 @@ FUNCTIONS_SMALL = replace(
 )
 """The function of the workshop paper by the networks of Table 2, small enough for a CPU: 1,880 steps instead of 475,000.
 
-Four widths of three networks on three folds take about an hour on two cores. At a quarter of these steps no network gains by
-being wider, and some of the multigrid ones diverge.
-
 The weights are averaged, and with them the statistics of the batch norms: those of the last few batches alone, a per cent
 off, would shift the steep function by more than a network's own error.
 """
