@@ -16,6 +16,7 @@ _HOMES = {
     "Restriction": "transfer",
     "Prolongation": "transfer",
     "averaging_pair": "transfer",
+    "isometric_pair": "transfer",
     "sparse_random_pair": "transfer",
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
@@ -24,6 +25,7 @@ _HOMES = {
     "LinearBlock": "blocks",
     "GroupedLinear": "blocks",
     "MGICBlock": "cycle",
+    "MGICConv": "cycle",
     "MGICLinear": "cycle",
     "Scheme": "cycle",
     "ChannelChange": "cycle",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .cycle import AdditiveChannelChange as AdditiveChannelChange
     from .cycle import ChannelChange as ChannelChange
     from .cycle import MGICBlock as MGICBlock
+    from .cycle import MGICConv as MGICConv
     from .cycle import MGICLinear as MGICLinear
     from .cycle import Scheme as Scheme
     from .cycle import additive as additive
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from .transfer import Prolongation as Prolongation
     from .transfer import Restriction as Restriction
     from .transfer import averaging_pair as averaging_pair
+    from .transfer import isometric_pair as isometric_pair
     from .transfer import sparse_random_pair as sparse_random_pair
 
 

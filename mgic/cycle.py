@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import GroupedLinear, Layer, relu
 from .errors import ChannelConfigError
 from .hierarchy import Level, plan_levels
-from .transfer import Transfer, averaging_pair
+from .transfer import Transfer, averaging_pair, isometric_pair
 
 Correction = Callable[[Tensor, Tensor], Tensor]
 """``(relaxed, restricted) -> what is prolonged``, both ``(N, C / 2, ...)``: a coarse grid's features after and before."""
@@ -316,6 +316,127 @@ class MGICLinear(nn.Module):
         """Apply the layer to the last dimension."""
         y = self.cycle(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.dim() > 2 else self.cycle(x)
         return y if self.bias is None else y + self.bias  # type: ignore[no-any-return]
+
+
+class MGICConv(nn.Module):
+    """A convolution whose weights grow linearly with its width: ``y = sum_j P_0..P_{j-1} K_j R_{j-1}..R_0 x + b``.
+
+    A drop-in for a dense ``nn.Conv2d``, for any stride, dilation and widths: the additive cycle (Ephrath et al. 2020,
+    eqs. (5)-(8)) without activations and norms, hence a linear operator. The restrictions act before the stride, the
+    prolongations after it. Off the block diagonal of level ``j`` its matrix has low rank with nested bases, so that it can be
+    fitted to a trained kernel (`mgic.warm_start_`). Every output channel depends on every input channel.
+
+    Args:
+        in_channels: Width of the input.
+        out_channels: Width of the output.
+        kernel_size: As of ``nn.Conv2d``.
+        group_size: Channels per group on the narrower side, and of the transfers on either side (``s_g``).
+        coarsest: Width of the narrower side at which to stop (``s_c``).
+        conv: Further arguments of ``nn.Conv2d``: ``stride, padding, dilation, bias, padding_mode``.
+
+    Shape:
+        That of the convolution: ``(N, in_channels, H, W) -> (N, out_channels, H', W')``.
+
+    Raises:
+        ChannelConfigError: If a width is not a positive integer, or ``groups`` is given.
+
+    Examples:
+        >>> layer = MGICConv(64, 128, 3, group_size=8, coarsest=16, stride=2, padding=1)
+        >>> layer(torch.zeros(1, 64, 9, 9)).shape, sum(p.numel() for p in layer.parameters()) < 64 * 128 * 9 / 4
+        (torch.Size([1, 128, 5, 5]), True)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        group_size: int,
+        coarsest: int,
+        **conv: Any,
+    ) -> None:
+        super().__init__()
+        if conv.pop("groups", 1) != 1:
+            raise ChannelConfigError("groups: the groups of an MGICConv follow from group_size")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.levels = plan_levels(in_channels, group_size, coarsest, out_channels)
+        bias = conv.pop("bias", True)
+        self.relax = nn.ModuleList(
+            nn.Conv2d(lv.channels, lv.hidden, kernel_size, groups=lv.groups, bias=bias and j == 0, **conv)
+            for j, lv in enumerate(self.levels)
+        )
+        fine = self.levels[:-1]
+        pairs = [
+            (
+                isometric_pair(lv.channels, _even_divisor(lv.channels, group_size))[0],
+                isometric_pair(lv.hidden, _even_divisor(lv.hidden, group_size))[1],
+            )
+            for lv in fine
+        ]
+        self.restrict = nn.ModuleList(R for R, _ in pairs)
+        self.prolong = nn.ModuleList(P for _, P in pairs)
+        self._balance()
+
+    def _balance(self) -> None:
+        """Let every level start with an equal share of the variance: each prolongation halves that of its channels."""
+        with torch.no_grad():
+            for j, relax in enumerate(self.relax):
+                relax.weight.mul_(math.sqrt(2**j / len(self.levels)))  # type: ignore[operator]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, that of the finest level's convolution."""
+        return self.relax[0].bias  # type: ignore[return-value]
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride of the convolution."""
+        return self.relax[0].stride  # type: ignore[return-value]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Size of its kernel."""
+        return self.relax[0].kernel_size  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the convolution."""
+        xs = [x]
+        for restrict in self.restrict:
+            xs.append(restrict(xs[-1]))
+        y: Tensor = self.relax[-1](xs.pop())
+        for j in reversed(range(len(self.restrict))):
+            y = self.relax[j](xs.pop()) + self.prolong[j](y)
+        return y
+
+    def dense_weight(self) -> Tensor:
+        """Return the kernel of the equal dense convolution, ``(out_channels, in_channels, kH, kW)``; differentiable."""
+        weight = spread(self.relax[-1])
+        for j in reversed(range(len(self.restrict))):
+            R, P = (spread(transfer)[:, :, 0, 0] for transfer in (self.restrict[j], self.prolong[j]))
+            weight = spread(self.relax[j]) + torch.einsum("ap,pqhw,qb->abhw", P, weight, R)
+        return weight
+
+    def extra_repr(self) -> str:
+        """Widths and groups, finest first."""
+        widths = " > ".join(f"{level.channels}-{level.hidden}" for level in self.levels)
+        groups = ", ".join("dense" if level.groups == 1 else str(level.groups) for level in self.levels)
+        return f"channels {widths}; groups {groups}"
+
+
+def spread(conv: nn.Module) -> Tensor:
+    """Return the weights of a grouped convolution as those of a dense one, zero between groups."""
+    weight: Tensor = conv.weight  # type: ignore[assignment]
+    groups: int = conv.groups  # type: ignore[assignment]
+    if groups == 1:
+        return weight
+    blocks = weight.view(groups, -1, *weight.shape[1:])  # (groups, out, in, kH, kW)
+    dense = torch.einsum("gh,goi...->gohi...", torch.eye(groups, dtype=weight.dtype, device=weight.device), blocks)
+    return dense.flatten(2, 3).flatten(0, 1)
+
+
+def _even_divisor(channels: int, size: int) -> int:
+    """Return the largest even divisor of an even width that is not above ``size``; 2 at least."""
+    return max(s for s in range(2, max(size, 2) + 1, 2) if channels % s == 0)
 
 
 def checkpointed(module: nn.Module, *inputs: Any) -> Tensor:

@@ -180,6 +180,21 @@ def averaging_pair(channels: int, group_size: int, dim: int = 2) -> tuple[nn.Mod
     return Restriction(channels, group_size, dim), Prolongation(channels, group_size, dim)
 
 
+def isometric_pair(channels: int, group_size: int, dim: int = 2) -> tuple[nn.Module, nn.Module]:
+    """Return the grouped pair with random orthonormal weights: ``R R^T = I`` and ``P^T P = I`` in every group.
+
+    For an operator without norms, such as `MGICConv`: averages of unrelated channels are small, and no norm would bring
+    them back to size.
+    """
+    R, P = averaging_pair(channels, group_size, dim)
+    with torch.no_grad():
+        for block in R.weight.view(-1, group_size // 2, group_size):  # type: ignore[operator]
+            nn.init.orthogonal_(block)
+        for block in P.weight.view(-1, group_size, group_size // 2):  # type: ignore[operator]
+            nn.init.orthogonal_(block)
+    return R, P
+
+
 def sparse_random_pair(
     channels: int, nonzeros: int, generator: torch.Generator | None = None
 ) -> tuple[SparsePointwise, SparsePointwise]:

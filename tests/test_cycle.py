@@ -16,6 +16,7 @@ from mgic import (
     GroupedLinear,
     LinearBlock,
     MGICBlock,
+    MGICConv,
     MGICLinear,
     PreActBasicBlock,
     PreActBottleneck,
@@ -363,3 +364,59 @@ def test_widths_that_are_none_are_refused(channels):
 def test_a_bottleneck_without_an_inner_width_needs_four_channels():
     with pytest.raises(ChannelConfigError, match="give hidden= for channels=10"):
         Bottleneck(10)
+
+
+CONVOLUTIONS = [
+    (64, 128, 3, 8, 16, {"stride": 2, "padding": 1}),
+    (256, 64, 1, 32, 16, {"bias": False}),
+    (96, 40, 3, 64, 8, {"padding": 2, "dilation": 2}),
+    (48, 48, (1, 3), 6, 4, {"padding": (0, 1), "padding_mode": "reflect"}),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "group_size", "coarsest", "conv"), CONVOLUTIONS)
+def test_a_multigrid_convolution_is_the_dense_one_of_its_assembled_kernel(
+    inputs, outputs, kernel, group_size, coarsest, conv
+):
+    layer = MGICConv(inputs, outputs, kernel, group_size, coarsest, **conv).double()
+    dense = nn.Conv2d(inputs, outputs, kernel, **conv).double()
+    x = torch.randn(2, inputs, 11, 9, dtype=torch.double)
+    weight = layer.dense_weight()
+    assert weight.shape == dense.weight.shape
+    assert (weight.abs().amax((2, 3)) > 1e-12).all(), "every output channel sees every input channel"
+    with torch.no_grad():
+        dense.weight.copy_(weight)
+        if dense.bias is not None:
+            dense.bias.copy_(layer.bias)
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-10, atol=1e-10)
+    assert (layer.stride, layer.kernel_size) == (dense.stride, dense.kernel_size)
+
+
+@pytest.mark.parametrize(("channels", "params"), [(32, 4_864), (64, 9_984), (128, 20_224)])
+def test_params_of_a_multigrid_convolution_grow_linearly(channels, params):
+    layer = MGICConv(channels, channels, 3, group_size=8, coarsest=16, padding=1, bias=False)
+    levels = layer.levels
+    fine = sum(9 * lv.channels**2 // lv.groups for lv in levels) + sum(lv.channels * 8 for lv in levels[:-1])
+    assert sum(p.numel() for p in layer.parameters()) == fine == params
+
+
+@torch.no_grad()
+def test_a_multigrid_convolution_starts_with_features_as_large_as_a_dense_one():
+    """Without norms between the levels nothing else would bring the coarse contributions to size."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 128, 12, 12)
+    layer = MGICConv(128, 128, 3, group_size=16, coarsest=16, bias=False, padding=1)
+    y, dense = layer(x), nn.Conv2d(128, 128, 3, bias=False, padding=1)(x)
+    assert y.std() / dense.std() == pytest.approx(1, rel=0.1)
+    coarse = (y - layer.relax[0](x)).var()
+    assert coarse / y.var() == pytest.approx(3 / 4, rel=0.15), "three of four levels are coarse"
+
+
+def test_a_multigrid_convolution_has_no_groups_of_its_own():
+    with pytest.raises(ChannelConfigError, match="groups: the groups of an MGICConv follow"):
+        MGICConv(32, 32, 3, 8, 8, groups=2)
+
+
+def test_gradients_of_a_multigrid_convolution():
+    layer = MGICConv(8, 12, 3, 2, 2, stride=2, padding=1).double()
+    assert torch.autograd.gradcheck(layer, torch.randn(2, 8, 5, 4, dtype=torch.double, requires_grad=True))
