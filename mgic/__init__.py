@@ -43,6 +43,11 @@ _HOMES = {
     "ResidualOnly": "smoothing",
     "create_model": "models",
     "list_models": "models",
+    "Conversion": "conversion",
+    "Report": "conversion",
+    "convert": "conversion",
+    "convert_": "conversion",
+    "rebuild_": "conversion",
     "Cost": "counting",
     "Memory": "counting",
     "memory": "counting",
@@ -61,6 +66,11 @@ if TYPE_CHECKING:
     from .blocks import LinearBlock as LinearBlock
     from .blocks import PreActBasicBlock as PreActBasicBlock
     from .blocks import PreActBottleneck as PreActBottleneck
+    from .conversion import Conversion as Conversion
+    from .conversion import Report as Report
+    from .conversion import convert as convert
+    from .conversion import convert_ as convert_
+    from .conversion import rebuild_ as rebuild_
     from .counting import Cost as Cost
     from .counting import Memory as Memory
     from .counting import cost as cost

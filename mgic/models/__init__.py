@@ -1,9 +1,11 @@
 """Every network by name. Importing this package registers the classification networks with timm."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torchvision
 from torch import nn
 
 from ..errors import UserError, suggest
@@ -13,6 +15,10 @@ from .classifier import known_arguments
 _CLASSIFIERS = (mg2020, mgnet, mobilenetv3, resnet)
 _OTHERS = {make.__name__: make for module in (functions, points, segmentation) for make in module.NETWORKS}
 """Networks by name that are not image classifiers, so not for timm's registry: ``NETWORKS`` of their modules."""
+
+
+TORCHVISION = "torchvision:"
+"""What the names of torchvision's networks start with here: timm has other networks of the same names."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -33,17 +39,23 @@ def describe_model(name: str) -> str:
 
 
 def check_model(name: str) -> None:
-    """Refuse a name that neither this library nor timm knows, naming the nearest ones."""
+    """Refuse a name that neither this library nor timm nor torchvision knows, naming the nearest ones."""
+    if name.startswith(TORCHVISION):
+        names, known = torchvision.models.list_models(), name.removeprefix(TORCHVISION)
+        if known not in names:
+            raise UserError(f"torchvision has no network {known!r}{suggest(known, names)}")
+        return
     if name not in _OTHERS and not timm.is_model(name):
         near = suggest(name, {*list_models(), *timm.list_models()})
         raise UserError(f"there is no model {name!r}{near if 'did you mean' in near else '; mgic models lists all'}")
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
-    """Build a network by name: one of `list_models`, or any of timm's.
+def create_model(name: str, *, conversion: Mapping[str, Any] | None = None, **overrides: Any) -> nn.Module:
+    """Build a network by name: one of `list_models`, any of timm's, or one of torchvision's (``torchvision:resnet50``).
 
     Args:
         name: Registered name.
+        conversion: Put multigrid into it: the fields of `mgic.Conversion`, or the ``layers`` of a report of `mgic.convert`.
         overrides: Arguments of the network; unknown ones are errors.
 
     Raises:
@@ -53,10 +65,33 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         >>> create_model("mgic_resnet20", group_size=4).num_classes
         10
     """
+    if conversion is not None:
+        return _converted(create_model(name, **overrides), conversion)
     check_model(name)
+    if name.startswith(TORCHVISION):
+        return _torchvision(name.removeprefix(TORCHVISION), overrides)
     if name not in _OTHERS:
         return timm.create_model(name, **overrides)
     known = known_arguments(_OTHERS[name], name, overrides)
     model: Any = _OTHERS[name](**overrides)
     model.arguments = known  # as of the classifiers
     return model  # type: ignore[no-any-return]
+
+
+def _torchvision(name: str, overrides: Mapping[str, Any]) -> nn.Module:
+    if name in ("googlenet", "inception_v3"):  # they warn, unless told, that drawing their weights takes long
+        overrides = {"init_weights": True, **overrides}
+    try:
+        return torchvision.models.get_model(name, **overrides)
+    except TypeError as error:
+        raise UserError(f"torchvision's {name} cannot be built with {dict(overrides)}: {error}") from error
+
+
+def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
+    """Convert by rule, or exactly as a report says."""
+    from ..conversion import Conversion, convert_, rebuild_
+
+    if "layers" in conversion:
+        return rebuild_(model, conversion["layers"])
+    convert_(model, Conversion.from_dict(conversion))
+    return model
