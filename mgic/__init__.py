@@ -48,6 +48,9 @@ _HOMES = {
     "convert": "conversion",
     "convert_": "conversion",
     "rebuild_": "conversion",
+    "Fit": "fitting",
+    "fit_convolution_": "fitting",
+    "warm_start_": "fitting",
     "Cost": "counting",
     "Memory": "counting",
     "memory": "counting",
@@ -89,6 +92,9 @@ if TYPE_CHECKING:
     from .cycle import tau_correction as tau_correction
     from .errors import ChannelConfigError as ChannelConfigError
     from .errors import UserError as UserError
+    from .fitting import Fit as Fit
+    from .fitting import fit_convolution_ as fit_convolution_
+    from .fitting import warm_start_ as warm_start_
     from .hierarchy import Level as Level
     from .hierarchy import describe_levels as describe_levels
     from .hierarchy import fit_group_size as fit_group_size

@@ -17,7 +17,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"transfer"},
     {"blocks"},
     {"cycle", "smoothing", "counting", "representation"},
-    {"conversion"},
+    {"conversion", "fitting"},
     {"models", "data"},
     {"scaling", "tables", "runtime"},
     {"training", "reporting"},
