@@ -183,6 +183,7 @@ def convert_(
     optimizer: torch.optim.Optimizer | None = None,
     input_size: Sequence[int] | None = None,
     dry_run: bool = False,
+    **target: Any,
 ) -> Report:
     """Put multigrid into a network, in place.
 
@@ -198,6 +199,8 @@ def convert_(
         optimizer: An optimizer of the network: refused if it holds parameters that would be replaced.
         input_size: Size of one input without the batch; the network's own (``pretrained_cfg``), else ``(3, 224, 224)``.
         dry_run: Only report.
+        target: One of ``target_params``, ``target_macs`` and ``target_ms``: choose the settings of each stage so that the
+            network stays within this budget; see `mgic.budget.convert_within_`.
 
     Raises:
         UserError: The network is compiled, scripted, quantised or wrapped, does not run on inputs of this size, or the
@@ -209,6 +212,11 @@ def convert_(
         >>> print(report.rows[0].action, report.rows[0].widths, report.after.params)
         block (64, 32, 16) 19840
     """
+    if target:
+        from .budget import convert_within_
+
+        options: dict[str, Any] = {"where": where, "optimizer": optimizer, "input_size": input_size, "dry_run": dry_run}
+        return convert_within_(model, conversion, **options, **target)
     return apply_(model, lambda name: conversion, where, optimizer, input_size, dry_run)
 
 
@@ -229,7 +237,8 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
     for layer in layers:
         try:
             name, action = str(layer["name"]), str(layer["action"])
-            settings = int(layer["group_size"]), int(layer["coarsest"]), tuple(map(str, layer.get("pooled", ())))
+            settings = int(layer["group_size"]), int(layer["coarsest"])
+            row = Row(name, "", action, "", 0, 0, 0, 0, *settings, pooled=tuple(map(str, layer.get("pooled", ()))))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"conversion: a layer has name, action, group_size and coarsest, got {layer!r}") from error
         if name not in modules:
@@ -237,17 +246,24 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
         if action not in _MAKERS:
             raise UserError(f"conversion: {name} has action {action!r}; known: {', '.join(_MAKERS)}")
         try:
-            model = _put(model, name, _made(action, modules[name], *settings))
+            model = _put(model, name, made(row, modules[name]))
         except _Kept as reason:
             raise UserError(f"conversion: {name} cannot be replaced: {reason}") from reason
     return model
 
 
-def _made(action: str, old: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...]) -> nn.Module:
-    """Make what stands in for a module, on its device, of its type and in its mode."""
+def made(row: Row, old: nn.Module) -> nn.Module:
+    """Make what stands in for a module as a row says, on its device, of its type and in its mode."""
     like = next(old.parameters())
-    new = _MAKERS[action](old, group_size, coarsest, pooled)
+    new = _MAKERS[row.action](old, row.group_size, row.coarsest, row.pooled)
     return new.to(like.device, like.dtype).train(old.training)
+
+
+def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
+    """Return the rows of a conversion that nobody has run: `apply_` knows of layers that cannot be replaced after all."""
+    planner = _Planner(survey, choose, where or (lambda name, module: True))
+    planner.visit_all()
+    return planner.rows
 
 
 class _Kept(UserError):  # noqa: N818  (a reason, as a rule)
@@ -284,8 +300,7 @@ def apply_(
         modules = dict(model.named_modules())
         for row in rows:
             if row.replaced:
-                new = _made(row.action, modules[row.name], row.group_size, row.coarsest, row.pooled)
-                _put(model, row.name, new)
+                _put(model, row.name, made(row, modules[row.name]))
     name = _name_of(model)
     return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
 
@@ -422,12 +437,16 @@ class _Planner:
     def finish(self) -> tuple[list[Row], Cost]:
         """Return the rows, and the cost of the converted network."""
         while True:
-            self.rows, self.new = [], {}
-            self._visit("", self.survey.meta, "")
+            self.visit_all()
             cost = self._run(self.new)
             if isinstance(cost, Cost):
                 return self.rows, cost
             self._find_broken()
+
+    def visit_all(self) -> None:
+        """Decide on every layer."""
+        self.rows, self.new = [], {}
+        self._visit("", self.survey.meta, "")
 
     def _run(self, new: Mapping[str, nn.Module]) -> Cost | str:
         """Run the network with modules replaced; return its cost, or what it raised."""

@@ -1,0 +1,314 @@
+"""Which group sizes and coarsest widths meet a budget of parameters, multiply-adds or milliseconds.
+
+A network is cut into stages, by the resolution of its features. Every stage gets one setting; the settings are those that
+stay within the budget and shrink the stages as evenly as they can: the sum over stages of (share of the cost) times (log of
+the remaining part) is largest. With some dozens of settings and a few stages the best choice is found exactly. Parameters
+and multiply-adds are counted; milliseconds are measured, layer by layer, on the machine that will run the network.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conversion import Conversion, Report, Row, Survey, Where, apply_, input_size_of, made, plan
+from .errors import UserError
+from .runtime.accelerate import accelerate
+
+GROUP_SIZES = (64, 32, 16, 8)
+COARSEST = (128, 64, 32, 16)
+PATHS = ("eager", "onnxruntime", "openvino", "engine")
+TRIES = 4
+"""How often a choice is measured and the table corrected by what was found."""
+WITHIN = 0.05
+"""Relative distance from the milliseconds asked for at which the search ends."""
+Time = Callable[[nn.Module, Tensor], float]
+"""``(module, example_input) -> milliseconds`` of one call."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting of one stage.
+
+    Args:
+        stage: Height and width of its features.
+        group_size: ``s_g``; 0 where the stage stays dense.
+        coarsest: ``s_c``; 0 where the stage stays dense.
+        before: Its cost before, in the unit of the budget.
+        after: Its cost afterwards.
+    """
+
+    stage: str
+    group_size: int
+    coarsest: int
+    before: float
+    after: float
+
+
+def convert_within_(
+    model: nn.Module,
+    conversion: Conversion,
+    *,
+    target_params: int | None = None,
+    target_macs: int | None = None,
+    target_ms: float | None = None,
+    where: Where | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    input_size: Sequence[int] | None = None,
+    dry_run: bool = False,
+    threads: int = 1,
+    time: Time | None = None,
+) -> Report:
+    """Convert a network in place so that it stays within a budget; `mgic.convert_` with a ``target_`` calls this.
+
+    Group sizes up to 64 and coarsest widths up to 128 are tried for each stage; those of ``conversion`` are not used, but
+    whether blocks and linear layers are replaced is.
+
+    Args:
+        model: Any network.
+        conversion: ``blocks`` and ``linear``.
+        target_params: Most trainable parameters.
+        target_macs: Most multiply-adds of one input.
+        target_ms: Milliseconds of one call on one input, in the fastest runtime found here.
+        where: Whether a block or layer may be replaced.
+        optimizer: Refused if it holds parameters that would be replaced.
+        input_size: Size of one input without the batch.
+        dry_run: Only report (with ``target_ms`` layers are measured all the same).
+        threads: CPU threads for ``target_ms``.
+        time: Measures one call of a module; by default in the fastest path of `mgic.accelerate`.
+
+    Raises:
+        UserError: Not exactly one target is given, it is not positive, or no setting meets it.
+    """
+    targets = {"params": target_params, "macs": target_macs, "ms": target_ms}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(f"give one of target_params, target_macs and target_ms, got {len(given)} of them")
+    ((unit, target),) = given.items()
+    if not target > 0 or not math.isfinite(target):
+        raise UserError(f"target_{unit} must be positive, got {target}")
+    size = input_size_of(model) if input_size is None else tuple(input_size)
+    survey = Survey(model, size)
+    table = _Table(survey, conversion, where)
+    if unit == "ms":
+        found = _within_time(model, table, target, threads, time)
+    else:
+        before = survey.cost.params if unit == "params" else survey.cost.macs
+        after = "params_after" if unit == "params" else "macs_after"
+        options = table.options(lambda row, done: getattr(row, after if done else unit))
+        fixed = before - sum(options[None].values())
+        found = {"unit": unit, "target": target, "before": before}
+        found["choices"] = _choose(options, fixed, target, f"target_{unit}")
+        found["predicted"] = fixed + sum(choice.after for choice in found["choices"])
+    report = apply_(model, table.chooser(found["choices"]), where, optimizer, size, dry_run)
+    if unit != "ms":
+        found["measured"] = report.after.params if unit == "params" else report.after.macs
+    found["choices"] = [asdict(choice) for choice in found["choices"]]
+    return replace(report, budget=found)
+
+
+class _Table:
+    """What every setting makes of every layer, and which stage a layer belongs to."""
+
+    def __init__(self, survey: Survey, conversion: Conversion, where: Where | None) -> None:
+        self.survey = survey
+        self.rows: dict[Conversion | None, tuple[Row, ...]] = {}
+        for setting in [None, *_settings(conversion)]:
+            rows = plan(survey, partial(_same, setting), where)
+            if setting is None or any(row.replaced for row in rows):
+                self.rows[setting] = tuple(rows)
+
+    def stage(self, name: str) -> str:
+        """Height and width of a layer's output."""
+        call = self.survey.calls.get(name)
+        return "x".join(map(str, call.output[2:])) if call is not None and call.output is not None else ""
+
+    def options(self, cost: Callable[[Row, bool], float]) -> dict[Conversion | None, dict[str, float]]:
+        """Cost of each stage under every setting: that of its layers, and what replacing some of them changes.
+
+        Args:
+            cost: ``(row, after) -> cost`` of a layer before, or after it was replaced.
+        """
+        dense: dict[str, float] = {}
+        for row in self.rows[None]:
+            dense[self.stage(row.name)] = dense.get(self.stage(row.name), 0.0) + cost(row, False)
+        found = {}
+        for setting, rows in self.rows.items():
+            found[setting] = dict(dense)
+            for row in rows:
+                if row.replaced:
+                    found[setting][self.stage(row.name)] += cost(row, True) - cost(row, False)
+        return found
+
+    def chooser(self, choices: Iterable[Choice]) -> Callable[[str], Conversion | None]:
+        """Settings by the name of a layer."""
+        template = next((setting for setting in self.rows if setting is not None), Conversion())
+        by_stage = {
+            choice.stage: replace(template, group_size=choice.group_size, coarsest=choice.coarsest)
+            for choice in choices
+            if choice.group_size
+        }
+        return lambda name: by_stage.get(self.stage(name))
+
+
+def _same(setting: Conversion | None, name: str) -> Conversion | None:
+    return setting
+
+
+def _settings(conversion: Conversion) -> list[Conversion]:
+    return [
+        replace(conversion, group_size=group_size, coarsest=coarsest)
+        for group_size in GROUP_SIZES
+        for coarsest in COARSEST
+    ]
+
+
+Options = Mapping[Conversion | None, Mapping[str, float]]
+"""Cost of every stage under every setting; None is the dense network."""
+
+
+def _choose(options: Options, fixed: float, target: float, name: str) -> list[Choice]:
+    """Return the settings within the target that shrink the stages most evenly.
+
+    States are (cost, score, settings so far); one that costs more and scores less than another is dropped.
+    """
+    dense = options[None]
+    total = sum(dense.values()) + fixed
+    states: list[tuple[float, float, tuple[Conversion | None, ...]]] = [(fixed, 0.0, ())]
+    for stage, before in dense.items():
+        found = [
+            (cost + after[stage], score + _score(before, after[stage], total), (*settings, setting))
+            for cost, score, settings in states
+            for setting, after in options.items()
+        ]
+        states = _frontier(found, total)
+    within = [state for state in states if state[0] <= target]
+    if not within:
+        least = min(state[0] for state in states)
+        raise UserError(
+            f"{name}={target:,.6g} cannot be met: groups of {min(GROUP_SIZES)} and a coarsest width of {min(COARSEST)} leave "
+            f"{least:,.6g} of {total:,.6g}"
+        )
+    settings = max(within, key=lambda state: state[1])[2]
+    return [
+        Choice(stage, *((0, 0) if s is None else (s.group_size, s.coarsest)), dense[stage], options[s][stage])
+        for stage, s in zip(dense, settings, strict=True)
+    ]
+
+
+def _score(before: float, after: float, total: float) -> float:
+    return before / total * math.log(max(after, 1e-12) / before) if before > 0 else 0.0
+
+
+def _frontier(
+    states: list[tuple[float, float, tuple[Conversion | None, ...]]], total: float
+) -> list[tuple[float, float, tuple[Conversion | None, ...]]]:
+    """Drop states that another one beats; of those within 1/20,000 of the total cost, keep the best."""
+    kept: list[tuple[float, float, tuple[Conversion | None, ...]]] = []
+    for state in sorted(states, key=lambda s: (s[0], -s[1])):
+        if not kept or state[1] > kept[-1][1]:
+            if kept and state[0] - kept[-1][0] < total / 20_000 and len(kept) > 1:
+                continue
+            kept.append(state)
+    return kept
+
+
+def _within_time(model: nn.Module, table: _Table, target: float, threads: int, time: Time | None) -> dict[str, Any]:
+    """Choose by measured times of layers, measure what was chosen, correct the table by it, choose again."""
+    x = torch.randn(1, *table.survey.size)
+    path = "given"
+    if time is None:
+        path, before = _fastest(model, x, threads)
+        time = _timer(path, threads)
+    else:
+        before = time(model, x)
+    times = _Times(model, table, time)
+    options = table.options(times)
+    dense = options[None]
+    factor, best, error = 1.0, None, math.inf
+    tried = []
+    for _ in range(TRIES):
+        scaled = {
+            setting: {stage: dense[stage] - factor * (dense[stage] - ms) for stage, ms in stages.items()}
+            for setting, stages in options.items()
+        }
+        fixed = before - sum(dense.values())
+        choices = _choose(scaled, fixed, target, "target_ms")
+        predicted = fixed + sum(choice.after for choice in choices)
+        twin = _converted(model, table, choices)
+        measured = time(twin, x)
+        tried.append({"predicted": predicted, "measured": measured})
+        if abs(measured - target) < error:
+            error = abs(measured - target)
+            best = {"choices": choices, "predicted": predicted, "measured": measured}
+        if abs(measured - target) <= WITHIN * target or before <= predicted:
+            break
+        factor *= (before - measured) / (before - predicted)
+        if factor <= 0:
+            raise UserError(
+                f"target_ms={target:g} cannot be met: {before:.3g} ms became {measured:.3g} ms by conversion"
+            )
+    assert best is not None
+    layers = [
+        {"layer": key[0], "group_size": key[1], "coarsest": key[2], "ms": ms} for key, ms in sorted(times.seen.items())
+    ]
+    facts = {"unit": "ms", "target": target, "before": before, "path": path, "threads": threads}
+    return {**facts, **best, "tried": tried, "layers": layers}
+
+
+def _converted(model: nn.Module, table: _Table, choices: list[Choice]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    apply_(twin, table.chooser(choices), None, None, table.survey.size)
+    return twin.eval()
+
+
+class _Times:
+    """Milliseconds of layers, each kind of layer measured once."""
+
+    def __init__(self, model: nn.Module, table: _Table, time: Time) -> None:
+        self.table, self.time = table, time
+        self.modules = dict(model.named_modules())
+        self.cache: dict[str, float] = {}
+        self.seen: dict[tuple[str, int, int], float] = {}
+
+    def __call__(self, row: Row, after: bool) -> float:
+        """Milliseconds of a layer before or after it was replaced; layers without multiply-adds take none."""
+        call = self.table.survey.calls.get(row.name)
+        if call is None or call.inputs is None or not row.macs:
+            return 0.0
+        module = self.modules[row.name]
+        if after:
+            module = made(row, module)
+        key = f"{call.inputs} {module!r}"
+        if key not in self.cache:
+            self.cache[key] = self.time(copy.deepcopy(module).eval(), torch.randn(call.inputs))
+            self.seen[(row.name, row.group_size, row.coarsest) if after else (row.name, 0, 0)] = self.cache[key]
+        return call.times * self.cache[key]
+
+
+def _fastest(model: nn.Module, x: Tensor, threads: int) -> tuple[str, float]:
+    report = accelerate(model, x, threads=threads, paths=PATHS).report
+    timed = {one.path: one.milliseconds for one in report.results if one.milliseconds is not None}
+    path = min(timed, key=lambda name: timed[name])
+    return path, timed[path]
+
+
+def _timer(path: str, threads: int) -> Time:
+    """Return what measures one call in a path: the median of medians, so that one disturbance does not count."""
+
+    def time(module: nn.Module, x: Tensor) -> float:
+        found = []
+        for _ in range(3):
+            one = accelerate(module, x, threads=threads, paths=[path], rounds=7).report.results[0]
+            if one.milliseconds is None:
+                raise UserError(f"target_ms: {path} does not run {type(module).__name__}: {one.reason}")
+            found.append(one.milliseconds)
+        return statistics.median(found)
+
+    return time
