@@ -49,7 +49,7 @@ from .training.records import without_folder
 SCHEMA = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 # What the hub and the network below it raise: httpx' or requests' errors, the first base of the hub's own; bad names.
-_HUB_ERRORS = (HfHubHTTPError.__bases__[0], OSError, ValueError)
+_HUB_ERRORS: Any = (HfHubHTTPError.__bases__[0], OSError, ValueError)
 _HUB_WORDS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 _HUB_METRICS = {"accuracy": "accuracy", "miou": "mean_iou", "mse": "mse"}
 
@@ -108,7 +108,7 @@ def from_pretrained(place: str | Path, revision: str | None = None) -> nn.Module
         raise UserError(f"{place}: no published network: {_CONFIG} is missing")
     config = read_json(folder / _CONFIG)
     if config.get("library") != "mgic":
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()  # type: ignore[no-any-return]
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     if config.get("schema") != SCHEMA:
         raise UserError(f"{place}: of schema {config.get('schema')!r}; this version of mgic reads {SCHEMA}")
     model = create_model(config["architecture"], **config["model_args"])
@@ -262,8 +262,14 @@ def _metadata(model: str, data: str, word: str | None, found: Mapping[str, float
         metric_name=kind,
     )
     library = "timm" if timm.is_model(model) else "mgic"
-    more = {"library_name": library, "pipeline_tag": word, "license": license}
-    card = ModelCardData(model_name=model, tags=["mgic", "multigrid"], eval_results=[result], **more)
+    card: Any = ModelCardData(
+        model_name=model,
+        library_name=library,
+        pipeline_tag=word,
+        license=license,
+        tags=["mgic", "multigrid"],
+        eval_results=[result],
+    )
     return f"---\n{yaml.safe_dump(card.to_dict(), sort_keys=False)}---"
 
 

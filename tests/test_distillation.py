@@ -446,11 +446,13 @@ def test_the_command_line_distils_and_the_record_says_from_whom(pixels, tmp_path
     assert main(words(two, tmp_path / "c", "--init", str(tmp_path / "b"), "--record", str(record))) == 0
     assert read_record(record)["init"]["model"] == "mgic_resnet20"
     three = words(pixels / "three.npz", tmp_path / "d", "--init", str(tmp_path / "b"))
+    other = [str(tmp_path / "b") if word == str(dense) else word for word in given]
     for call, said in (
         (words(two, tmp_path / "d", "--teacher", str(dense), "--distill_weight=0"), "leave the teacher no part"),
         (words(two, tmp_path / "d", "--distill_weight=0.5"), "need a teacher: --teacher RUN"),
         (words(two, tmp_path / "d", "--teacher", str(tmp_path)), "not a run folder"),
         (words(pixels / "three.npz", tmp_path / "d", "--teacher", str(dense)), "knows 2 classes"),
+        (words(two, tmp_path / "a", *other), "its run has another teacher (sha256"),
         (words(two, tmp_path / "d", "--new-head"), "--new-head belongs to --init"),
         (words(two, tmp_path / "d", "--init", str(dense)), "(of resnet20) do not fit the network"),
         (three, "in the classifier alone (--new-head starts it afresh): head.fc.weight is (2, 64) there, (3, 64) here"),

@@ -19,7 +19,7 @@ from mgic.cli import main
 from mgic.data import LICENCES, LOADERS, licence, load_data
 from mgic.errors import UserError
 from mgic.publishing import from_pretrained, publish, push
-from mgic.training import RECIPES, CorruptCheckpoint, Recipe, load_network, train
+from mgic.training import RECIPES, CorruptCheckpoint, Recipe, load_network, load_start, train
 from mgic.training.checkpoint import save_weights, sha256
 
 FRESH = """
@@ -40,7 +40,7 @@ def trained(folder, recipe, data):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """MGiaD, whose steps of one level share their modules, with averaged weights and arguments of its own."""
-    recipe = replace(RECIPE, model="mgiad20", model_args={"coarsest": 16, "pre": 2}, epochs=1)
+    recipe = replace(RECIPE, data="digits", model="mgiad20", model_args={"coarsest": 16, "pre": 2}, epochs=1)
     return trained(tmp_path_factory.mktemp("runs") / "mgiad", recipe, stripes())
 
 
@@ -55,6 +55,8 @@ def test_timm_loads_a_classifier_bit_for_bit_in_a_fresh_process(classifier, tmp_
         expected = network.model(x)
     assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), expected)
     assert torch.equal(from_pretrained(tmp_path / "hub")(x), expected)
+    start = load_start(tmp_path / "hub/model.safetensors").state_dict
+    assert all(torch.equal(start[k], v) for k, v in network.model.state_dict().items())
 
 
 def test_weights_with_two_names_are_written_under_both(classifier, tmp_path):
@@ -138,7 +140,7 @@ def test_the_card_states_what_the_run_noted_and_what_nobody_tested(classifier, t
         f"{counted.params:,} parameters and {counted.macs:,} multiply-adds for one input of (1, 8, 8)",
         "Seed 0, 1 epochs, 8 steps (0 skipped)",
         "made up.\n",  # the note of the data
-        "Licence of the data: unknown: ask whoever made the files.",
+        f"Licence of the data: {LICENCES['digits']}.",
         "mgic train --config recipe.yaml --out RUN\n",
         f"torch {summary['origin']['versions']['torch']}",
         f"Commit of mgic: {summary['origin']['commit']['id']}",
