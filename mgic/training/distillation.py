@@ -12,6 +12,7 @@ et al. 2022, *PKD: General Distillation Framework for Object Detectors via Pears
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -61,7 +62,9 @@ def _standardised(x: Tensor) -> Tensor:
 
 
 def outputs_and_features(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The logits, and the features at the ends of the stages: ``forward_intermediates``, else outputs of ``stages``.
+    """The logits of a classifier, and its features at the ends of the stages.
+
+    They come from ``forward_intermediates`` as timm has it, else from hooks on the children of ``stages``.
 
     Raises:
         UserError: The network has neither.
@@ -131,13 +134,13 @@ class Distillation:
     Args:
         recipe: What to learn.
         model: The teacher, a frozen copy on the device of the run.
-        data: The run's data as the teacher sees it.
+        normalize: From a batch of pixels to the teacher's input.
         pairs: Features that are compared: place in the network's, place in the teacher's.
     """
 
     recipe: Recipe
     model: nn.Module
-    data: Data
+    normalize: Callable[[Tensor], Tensor]
     pairs: list[tuple[int, int]]
 
     @classmethod
@@ -164,11 +167,11 @@ class Distillation:
         frozen = frozen.to(device)
         if recipe.channels_last:
             frozen = frozen.to(memory_format=torch.channels_last)
-        return cls(recipe, frozen, seen, pairs)
+        return cls(recipe, frozen, seen.normalizer(device), pairs)
 
     def read(self, model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The logits of ``model``, and its features where they are wanted."""
-        return outputs_and_features(model, x) if self.pairs else (self.data.task.forward(model, x), [])
+        return outputs_and_features(model, x) if self.pairs else (model(x), [])
 
     def lesson(self, inputs: Tensor, precision: AbstractContextManager[Any]) -> Lesson:
         """What the teacher makes of a batch.
@@ -177,7 +180,7 @@ class Distillation:
             inputs: As the data set gives them, augmented, not normalised.
             precision: The context in which the network computes.
         """
-        x = self.data.normalizer(inputs.device)(inputs)
+        x = self.normalize(inputs)
         if self.recipe.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), precision:
