@@ -319,7 +319,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         self._sweep()
         write_json(data_file, self.data)
-        write_json(self.path / "sources.json", self.sources)
+        write_json(self.path / "sources.json", dict(self.sources))
         write_text(recipe_file, self.recipe.to_yaml())  # last: it says that the folder is a run
 
     def _sweep(self) -> None:
