@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from .counting import Part
     from .data import Data, Task
-    from .training import RunSummary, SavedRun
+    from .training import RunSummary, Start, TrainedNetwork
+
+DISTILL_WEIGHT = 0.5
+"""Of ``mgic train --teacher`` where neither recipe, file nor flags say what to learn from it."""
 
 DESCRIPTION = """Multigrid in channels: networks whose cost grows linearly with their width.
 
@@ -297,6 +300,9 @@ def _add_train(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=list[int], default=None, help="several runs: '[0, 1, 2]'")
     _add_data(parser)
+    parser.add_argument("--teacher", type=Path, default=None, help="finished run whose network this one learns from")
+    parser.add_argument("--init", type=Path, default=None, help="start from a finished run or a .safetensors file")
+    parser.add_argument("--new-head", action="store_true", help="with --init: start the classifier afresh")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
     parser.add_argument("--strict-resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
@@ -325,6 +331,8 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
         if any(flag.startswith(f"{field}.") for flag in flags):  # one argument; the others stay
             values[field] = {**values[field], **args[field]}
     values |= {key: args[key] for key in values if key in flags}
+    if args.teacher and not (values["distill_weight"] or values["distill_features"] or "distill_weight" in flags):
+        values["distill_weight"] = DISTILL_WEIGHT
     return Recipe.from_dict(values)
 
 
@@ -338,9 +346,10 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
     seeds = _check_seeds([recipe.seed] if args.seeds is None else args.seeds)
     _check_output(args.json_summary, args.record)
     _set_threads(args.threads)
+    sources = _load_sources(args)
     data = _load_data(recipe, args)
     folders = [args.out if args.seeds is None else args.out / f"seed-{seed}" for seed in seeds]
-    runs = _train_seeds(recipe, data, seeds, folders, args, reuse=args.seeds is not None)
+    runs = _train_seeds(recipe, data, seeds, folders, args, reuse=args.seeds is not None, **sources)
     _show_runs(runs, data.task)
     if args.json_summary is not None:
         from .training.checkpoint import write_json
@@ -348,8 +357,28 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
         whole = runs[0].to_dict() if args.seeds is None else {"runs": [run.to_dict() for run in runs]}
         write_json(args.json_summary, whole)
     if args.record is not None:
-        _write_training_record(args.record, recipe, data, runs, _command(given))
+        from .training.checkpoint import read_sources
+
+        _write_training_record(args.record, recipe, data, runs, _command(given), read_sources(folders[0]))
     return 0
+
+
+def _load_sources(args: Namespace) -> dict[str, Any]:
+    """Load the trained weights that a run depends on: arguments of `mgic.training.train`."""
+    from .training import load_start
+
+    if args.new_head and args.init is None:
+        raise UserError("--new-head belongs to --init")
+    return {
+        "teacher": None if args.teacher is None else _load_network(args.teacher),
+        "init": None if args.init is None else load_start(args.init, args.new_head),
+    }
+
+
+def _load_network(run: Path) -> "TrainedNetwork":
+    from .training import load_network
+
+    return load_network(run, lambda name, **arguments: _build(name, arguments))
 
 
 def _load_data(recipe: Recipe, args: Namespace) -> "Data":
@@ -382,18 +411,26 @@ def _builder(recipe: Recipe, data: "Data") -> Callable[[], "nn.Module"]:
 
 
 def _train_seeds(
-    recipe: Recipe, data: "Data", seeds: Sequence[int], folders: Sequence[Path], args: Namespace, reuse: bool
+    recipe: Recipe,
+    data: "Data",
+    seeds: Sequence[int],
+    folders: Sequence[Path],
+    args: Namespace,
+    reuse: bool,
+    teacher: "TrainedNetwork | None" = None,
+    init: "Start | None" = None,
 ) -> "list[RunSummary]":
     """Train each seed in its folder; with ``reuse``, those that are finished are not trained again."""
     from dataclasses import replace
 
     from .training import RunSummary, train
     from .training.checkpoint import finished_run
+    from .training.distillation import note_sources
 
     runs = []
     for seed, folder in zip(seeds, folders, strict=True):
         one = replace(recipe, seed=seed)
-        done = finished_run(folder, one, data.fingerprint()) if reuse else None
+        done = finished_run(folder, one, data.fingerprint(), note_sources(teacher, init)) if reuse else None
         if done is not None:
             _console(stderr=True).print(f"{folder}: finished before, not trained again")
             runs.append(RunSummary.from_dict(done))
@@ -404,6 +441,8 @@ def _train_seeds(
                 _builder(one, data),
                 data,
                 folder,
+                teacher=teacher,
+                init=init,
                 accelerator=args.get("accelerator", "auto"),
                 strict_resume=args.get("strict_resume", False),
             )
@@ -413,6 +452,8 @@ def _train_seeds(
 
 def _command(given: Sequence[str]) -> str:
     """Return the call as a user would repeat it, without folders of this machine."""
+    from .training.records import without_folder
+
     words, skip = ["mgic"], False
     for word in given:
         flag = word.partition("=")[0]
@@ -422,20 +463,23 @@ def _command(given: Sequence[str]) -> str:
         if flag in ("--root", "--out", "--record", "--json-summary"):
             skip = "=" not in word
             continue
-        if flag in ("--data", "--config") and "/" in word:
-            word = f"{flag}={_without_folder(word.partition('=')[2])}"
+        if flag in ("--data", "--config", "--teacher", "--init") and "=" in word:
+            word = f"{flag}={without_folder(word.partition('=')[2])}"
+        elif words[-1] in ("--data", "--config", "--teacher", "--init"):
+            word = without_folder(word)
         words.append(word)
     return shlex.join([*words, "--out=RUN"] if "train" in words else words)
 
 
-def _without_folder(path: str) -> str:
-    """Name a file or data set without folders of this machine: ``masks:/a/b`` is ``masks:b``."""
-    kind, colon, place = path.rpartition(":")
-    return kind + colon + Path(place).name
-
-
-def _write_training_record(path: Path, recipe: Recipe, data: "Data", runs: "list[RunSummary]", command: str) -> None:
-    from .training.records import make_record, training_metrics, write_record
+def _write_training_record(
+    path: Path,
+    recipe: Recipe,
+    data: "Data",
+    runs: "list[RunSummary]",
+    command: str,
+    sources: dict[str, Any] | None = None,
+) -> None:
+    from .training.records import make_record, training_metrics, without_folder, write_record
 
     task = data.task
     notes = [
@@ -447,7 +491,7 @@ def _write_training_record(path: Path, recipe: Recipe, data: "Data", runs: "list
             notes.append(
                 f"seed {run.seed} was finished with another {', '.join(changed)}: {[run.origin[k] for k in changed]}"
             )
-    stated = recipe.to_dict() | {"data": _without_folder(recipe.data)}  # no folder of this machine
+    stated = recipe.to_dict() | {"data": without_folder(recipe.data)}  # no folder of this machine
     record = make_record(
         command,
         data.note,
@@ -457,6 +501,7 @@ def _write_training_record(path: Path, recipe: Recipe, data: "Data", runs: "list
         origin=runs[-1].origin,
         recipe=stated,
         history=[run.history for run in runs],
+        **(sources or {}),
     )
     write_record(path, record)
 
@@ -487,7 +532,7 @@ def _run_evaluate(args: Namespace) -> int:
     from dataclasses import replace
 
     from .training import evaluate, load_run
-    from .training.checkpoint import different, read_json
+    from .training.checkpoint import different, fit_weights, read_json
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
@@ -501,7 +546,7 @@ def _run_evaluate(args: Namespace) -> int:
     if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
         data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
     model = _builder(recipe, data)()
-    _load_weights(model, saved, args.run, data.name)
+    fit_weights(model, saved.state_dict, f"{args.run}: its weights do not fit {recipe.model} for {data.name}")
     result = evaluate(model, data, args.split, batch_size=recipe.eval_batch_size, workers=recipe.workers)
     if args.json:
         _print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
@@ -516,12 +561,23 @@ def _run_evaluate(args: Namespace) -> int:
     return 0
 
 
-def _load_weights(model: "nn.Module", saved: "SavedRun", run: Path, data: str) -> None:
-    try:
-        model.load_state_dict(saved.state_dict)
-    except RuntimeError as error:
-        reason = "; ".join(str(error).split("\n\t")[1:3])
-        raise UserError(f"{run}: its weights do not fit {saved.recipe.model} for {data}: {reason}") from error
+def _add_publish(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--to", type=Path, required=True, help="new folder for weights, configuration and model card")
+    parser.add_argument("--license", type=str, default=None, help="of the weights, as the hub names it: mit, ...")
+    parser.add_argument("--push", type=str, default=None, help="upload the folder to this repository, OWNER/NAME")
+
+
+def _run_publish(args: Namespace) -> int:
+    from .publishing import check_repository, publish, push
+
+    if args.push is not None:
+        check_repository(args.push)
+    publish(args.run, args.to, args.license)
+    _console().print(f"{args.to}: written, loaded again and compared")
+    if args.push is not None:
+        _console().print(push(args.to, args.push))
+    return 0
 
 
 def _add_predict(parser: ArgumentParser) -> None:
@@ -534,8 +590,7 @@ def _add_predict(parser: ArgumentParser) -> None:
 
 def _run_predict(args: Namespace) -> int:
     from .prediction import Predictor, files_in
-    from .training import load_run
-    from .training.checkpoint import check_writable, read_json, write_json
+    from .training.checkpoint import check_writable, write_json
     from .training.outside import progress_bar
 
     files = files_in(args.inputs)
@@ -546,17 +601,14 @@ def _run_predict(args: Namespace) -> int:
             raise UserError(f"{twice}: another input has the same name, so that --out could not hold both")
         check_writable(args.out / "predictions.json")
     _set_threads(args.threads)
-    saved, data = load_run(args.run), read_json(args.run / "data.json")
-    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **saved.recipe.model_args}
-    model = _build(saved.recipe.model, arguments)
-    _load_weights(model, saved, args.run, data["name"])
-    predictor, said = Predictor(model.eval(), saved.recipe, data), []
+    network = _load_network(args.run)
+    predictor, said = Predictor(network.model, network.recipe, network.data), []
     with progress_bar(None, len(files)) as show:
         for count, path in enumerate(files, 1):
             said.append(predictor(path, args.out))
             show(count, path.name)
     if args.out is not None:
-        write_json(args.out / "predictions.json", {"model": saved.recipe.model, "predictions": said})
+        write_json(args.out / "predictions.json", {"model": network.recipe.model, "predictions": said})
     if args.json:
         _print_json(said)
         return 0
@@ -680,6 +732,11 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
     "train": ("train a network, or continue a run", _add_train, _run_train),
     "evaluate": ("measure how good a run is", _add_evaluate, lambda args, given: _run_evaluate(args)),
     "predict": ("say what is in images or point clouds", _add_predict, lambda args, given: _run_predict(args)),
+    "publish": (
+        "write a run as a folder for others, with a model card",
+        _add_publish,
+        lambda args, given: _run_publish(args),
+    ),
     "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
@@ -694,12 +751,16 @@ EXAMPLES = {
   mgic train --recipe fashion_mnist --root data --download --seeds '[0, 1, 2]' --out runs/b --record results/b.json
   mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print-config > mine.yaml
   mgic train --config mine.yaml --out runs/c
+  mgic train --recipe digits --teacher runs/dense --out runs/d           learn from a trained network
+  mgic train --recipe digits --init runs/other --new-head --out runs/e   start from its weights
 
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
 --model_args.NAME one of them.""",
     "evaluate": "  mgic evaluate runs/a --split train",
     "predict": """  mgic predict runs/camvid photo.jpg folder/ --out overlays
   mgic predict runs/solids cup.off --json""",
+    "publish": """  mgic publish runs/a --to hub/mgic_resnet20
+  mgic publish runs/a --to hub/mgic_resnet20 --license mit --push me/mgic_resnet20-digits""",
     "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",

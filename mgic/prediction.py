@@ -95,7 +95,7 @@ def _classify(predictor: Predictor, path: Path, out: Path | None) -> dict[str, A
     size, recipe = predictor.data["input_size"], predictor.recipe
     if len(size) == 2:
         x = prepare_points(read_points(path), size[1])
-    elif _from_files(recipe.data):
+    elif from_files(recipe.data):
         x = centre_crop(size[-1], _image(predictor, path))
     else:
         x = whole_image(tuple(size), recipe.pad_images, _image(predictor, path))
@@ -108,8 +108,8 @@ def _classify(predictor: Predictor, path: Path, out: Path | None) -> dict[str, A
     return {**top[0], "top": top}
 
 
-def _from_files(data: str) -> bool:
-    """Tell an image folder, whose images are cut to size, from a set in memory, whose images have one size."""
+def from_files(data: str) -> bool:
+    """Tell by the name of the data whether its images are files, cut to size, or in memory, of one size."""
     from .data import LOADERS
 
     return data.startswith("images:") or (data.partition(":")[0] not in LOADERS and not data.endswith(".npz"))

@@ -26,7 +26,7 @@ from tiny import RECIPE, STEPS_PER_EPOCH, stripes, tiny
 import mgic
 from mgic.data import load_data
 from mgic.errors import UserError
-from mgic.training import CorruptCheckpoint, Interrupted, Recipe, load_run, train
+from mgic.training import CorruptCheckpoint, Interrupted, Recipe, load_network, load_run, load_start, train
 from mgic.training.checkpoint import (
     RunFolder,
     list_checkpoints,
@@ -57,7 +57,7 @@ def processes():
     return context
 
 
-def _train(folder, recipe, steps, kill_after, images):
+def _train(folder, recipe, steps, kill_after, images, taught_by=None):
     """A training process: reports each finished step through ``steps``, kills itself after step ``kill_after``."""
     torch.set_num_threads(1)
 
@@ -68,9 +68,11 @@ def _train(folder, recipe, steps, kill_after, images):
             os.kill(os.getpid(), signal.SIGKILL)
 
     data = load_data(str(images), image_size=8) if images else stripes()
-    build = _rgb if images else tiny
+    build, given = _rgb if images else tiny, {}
+    if taught_by:
+        given = {"teacher": load_network(taught_by, lambda name, **_: tiny()), "init": load_start(taught_by)}
     try:
-        train(recipe, build, data, folder, on_step=on_step, progress=False)
+        train(recipe, build, data, folder, on_step=on_step, progress=False, **given)
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
     except UserError:
@@ -83,9 +85,9 @@ def _rgb():
     )
 
 
-def _start(processes, folder, recipe=RECIPE, *, report=False, kill_after=None, images=None):
+def _start(processes, folder, recipe=RECIPE, *, report=False, kill_after=None, images=None, taught_by=None):
     receive, send = processes.Pipe(duplex=False) if report else (None, None)
-    process = processes.Process(target=_train, args=(folder, recipe, send, kill_after, images))
+    process = processes.Process(target=_train, args=(folder, recipe, send, kill_after, images, taught_by))
     process.start()
     if send is not None:
         send.close()
@@ -168,6 +170,17 @@ def test_r1_a_run_killed_right_after_given_steps_ends_bit_identical(processes, u
         assert _finish(_start(processes, tmp_path / "run", kill_after=step)[0]) == -signal.SIGKILL
     assert _finish(_start(processes, tmp_path / "run")[0]) == 0
     _assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_r1_a_run_with_teacher_and_start_that_is_killed_ends_bit_identical(processes, uninterrupted, tmp_path):
+    recipe = replace(RECIPE, distill_weight=0.5)
+    assert _finish(_start(processes, tmp_path / "whole", recipe, taught_by=uninterrupted)[0]) == 0
+    for step in (7, 16, 20):
+        process, _ = _start(processes, tmp_path / "run", recipe, kill_after=step, taught_by=uninterrupted)
+        assert _finish(process) == -signal.SIGKILL
+    assert _finish(_start(processes, tmp_path / "run", recipe)[0]) == 2, "without its teacher it is refused"
+    assert _finish(_start(processes, tmp_path / "run", recipe, taught_by=uninterrupted)[0]) == 0
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"scaling", "tables"},
     {"training", "reporting"},
     {"prediction"},
+    {"publishing"},
     {"benchmarking"},
     {"cli_bench"},
     {"cli", "__main__", "__init__"},

@@ -9,7 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import CorruptCheckpoint, DiskFull, SavedRun, load_run
+    from .checkpoint import (
+        CorruptCheckpoint,
+        DiskFull,
+        SavedRun,
+        Start,
+        TrainedNetwork,
+        load_network,
+        load_run,
+        load_start,
+    )
     from .loop import NonFiniteLoss, RunSummary, evaluate, train
     from .outside import Interrupted
     from .recipes import RECIPES, Recipe
@@ -19,7 +28,11 @@ _HOME = {
     "CorruptCheckpoint": "checkpoint",
     "DiskFull": "checkpoint",
     "SavedRun": "checkpoint",
+    "Start": "checkpoint",
+    "TrainedNetwork": "checkpoint",
+    "load_network": "checkpoint",
     "load_run": "checkpoint",
+    "load_start": "checkpoint",
     "Interrupted": "outside",
     "NonFiniteLoss": "loop",
     "RunSummary": "loop",
@@ -41,8 +54,12 @@ __all__ = [
     "Recipe",
     "RunSummary",
     "SavedRun",
+    "Start",
+    "TrainedNetwork",
     "evaluate",
+    "load_network",
     "load_run",
+    "load_start",
     "make_record",
     "read_record",
     "train",

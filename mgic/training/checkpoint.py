@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -219,6 +219,7 @@ class RunFolder:
     ::
 
         recipe.yaml  data.json      what is trained, and on what
+        sources.json                the teacher and the starting weights, where it has any
         status.json                 running, finished, interrupted or failed
         checkpoints/step-*.ckpt     with *.ckpt.sha256
         metrics.csv  tensorboard/   one row an epoch
@@ -228,14 +229,21 @@ class RunFolder:
         path: The folder; it is made when it does not exist.
         recipe: The run that wants it.
         data: Fingerprint of the data set (plain JSON values).
+        sources: Trained weights that the run depends on, by their part in it: ``teacher`` and ``init``, where it has them.
 
     Raises:
         UserError: On entering: the folder cannot be written, is in use, holds other files, a finished run or a run
-            of another recipe or data set.
+            of another recipe, data set, teacher or start.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, data: Mapping[str, Any]):
-        self.path, self.recipe, self.data = path, recipe, data
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        data: Mapping[str, Any],
+        sources: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ):
+        self.path, self.recipe, self.data, self.sources = path, recipe, data, sources
         self.checkpoints = path / "checkpoints"
         self._lock: IO[str] | None = None
 
@@ -260,7 +268,12 @@ class RunFolder:
 
     def _refuse_foreign(self) -> None:
         entries = [p.name for p in self.path.iterdir()]
-        ours = {"run.lock", "data.json", "checkpoints"}  # all that a run killed before its first line can leave
+        ours = {
+            "run.lock",
+            "data.json",
+            "sources.json",
+            "checkpoints",
+        }  # all that a run killed before its first line can leave
         foreign = sorted(n for n in entries if n not in ours and not n.startswith(TEMPORARY))
         if foreign and "recipe.yaml" not in entries:
             raise UserError(
@@ -300,11 +313,13 @@ class RunFolder:
         if recipe_file.exists():
             _refuse_other(self.path, read_recipe(self.path), self.recipe)
             _refuse_other_data(self.path, self.data)
+            _refuse_other_sources(self.path, self.sources)
             if self.status() == "finished":
                 raise UserError(f"run folder {self.path}: holds a finished run; choose a new folder")
         self.checkpoints.mkdir(exist_ok=True)
         self._sweep()
         write_json(data_file, self.data)
+        write_json(self.path / "sources.json", dict(self.sources))
         write_text(recipe_file, self.recipe.to_yaml())  # last: it says that the folder is a run
 
     def _sweep(self) -> None:
@@ -425,6 +440,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         _verify(path, file)
+    return _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as archive:
             state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
@@ -462,22 +481,193 @@ def load_run(folder: str | Path) -> SavedRun:
     return SavedRun(recipe, state["average"] or state["model"])
 
 
-def finished_run(folder: Path, recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any] | None:
+class TrainedNetwork(NamedTuple):
+    """A run's network, in eval mode with its weights, and where they are from.
+
+    Args:
+        model: The network.
+        recipe: What it was trained by.
+        data: What its run noted down about its data, ``data.json``.
+        origin: Plain values that tell these weights from others: ``model``, ``model_args``, ``sha256`` of
+            ``model.safetensors`` and the ``scores`` of the run; no ``sha256`` as long as the run is not finished.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    data: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def load_network(folder: str | Path, build: Callable[..., nn.Module]) -> TrainedNetwork:
+    """The network of a run.
+
+    Args:
+        folder: The run folder.
+        build: ``(name, **arguments) -> network``; `mgic.create_model`.
+
+    Raises:
+        UserError: The folder holds no run, no weights yet, or weights of another network.
+        CorruptCheckpoint: The weights are damaged.
+    """
+    folder = Path(folder)
+    (recipe, weights), data = load_run(folder), read_json(folder / "data.json")
+    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **recipe.model_args}
+    model = build(recipe.model, **arguments)
+    fit_weights(model, weights, f"{folder}: its weights do not fit {recipe.model} for {data['name']}")
+    return TrainedNetwork(model.eval(), recipe, data, _origin(folder, recipe))
+
+
+def _origin(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What identifies the final weights of a run, and how good they are."""
+    known: dict[str, Any] = {"model": recipe.model, "model_args": recipe.model_args}
+    final, summary = folder / "model.safetensors", folder / "summary.json"
+    if final.exists():
+        known["sha256"] = sha256(final)
+    if summary.exists():
+        known["scores"] = scores(read_json(summary))
+    return known
+
+
+def scores(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The training and the test score of a run's summary, by the names they have there: ``test_accuracy``, ..."""
+    test = next(name for name in summary["history"][-1] if name.startswith("test_") and name != "test_loss")
+    return {name: summary[name] for name in (test.replace("test_", "train_", 1), test)}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Start(NamedTuple):
+    """Weights to start from instead of random ones.
+
+    Args:
+        place: Where they are from, for messages.
+        state_dict: The weights.
+        origin: Plain values that tell them from others: ``sha256``; of a run's also ``model``, ``model_args`` and ``scores``.
+        new_head: Leave the classifier as it is initialised, whatever the weights say about it.
+    """
+
+    place: str
+    state_dict: dict[str, Tensor]
+    origin: dict[str, Any]
+    new_head: bool = False
+
+
+def load_start(place: str | Path, new_head: bool = False) -> Start:
+    """Weights of a finished run, or of a safetensors file.
+
+    Args:
+        place: The run folder or the file; a file is compared with its ``.sha256`` where it has one.
+        new_head: See `Start`.
+
+    Raises:
+        UserError: There is neither, or the run is not finished.
+        CorruptCheckpoint: The weights are damaged.
+    """
+    place = Path(place)
+    if place.is_dir():
+        recipe, weights = load_run(place)
+        origin = _origin(place, recipe)
+        require_finished(place, origin)
+        return Start(str(place), weights, origin, new_head)
+    if not place.is_file() or place.suffix != ".safetensors":
+        raise UserError(f"{place}: neither a run folder nor a .safetensors file")
+    weights = load_weights(place) if _sidecar(place).exists() else _read_safetensors(place)
+    return Start(str(place), weights, {"sha256": sha256(place)}, new_head)
+
+
+def require_finished(place: str | Path, origin: Mapping[str, Any]) -> None:
+    """Refuse weights that will be others tomorrow, when the run that started from them is continued.
+
+    Raises:
+        UserError: The run has not finished.
+    """
+    if "sha256" not in origin:
+        raise UserError(f"{place}: the run is not finished; its weights may still change")
+
+
+def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], complaint: str) -> None:
+    """Load weights, all of them and no others.
+
+    Args:
+        model: The network.
+        weights: By the names of its ``state_dict``.
+        complaint: How the message begins where they do not fit.
+
+    Raises:
+        UserError: A name or a shape differs; the first are named, and the classifier is, where it alone differs.
+    """
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {_size(weights.get(name))} there, {_size(own.get(name))} here"
+        for name in (own | dict(weights))
+        if _size(weights.get(name)) != _size(own.get(name))
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{complaint}: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+def _size(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def start_from(model: nn.Module, start: Start) -> None:
+    """Put the weights of ``start`` into a network.
+
+    Raises:
+        UserError: They do not fit, or a new head is wanted of a network that names no classifier.
+    """
+    own, weights, head = model.state_dict(), start.state_dict, _head(model)
+    if start.new_head:
+        if not head:
+            raise UserError(f"new_head: {type(model).__name__} names no classifier (get_classifier) to start afresh")
+        weights = {name: value for name, value in weights.items() if name not in head}
+        weights |= {name: own[name] for name in head}
+    there = start.origin.get("model")
+    complaint = f"{start.place}: its weights{f' (of {there})' if there else ''} do not fit the network"
+    others = own.keys() - head
+    if head and weights.keys() - head == others and all(weights[name].shape == own[name].shape for name in others):
+        complaint += " in the classifier alone (--new-head starts it afresh)"
+    fit_weights(model, weights, complaint)
+
+
+def _head(model: nn.Module) -> set[str]:
+    """The names of the classifier's weights, in networks that tell which layer it is, as timm's do."""
+    tell = getattr(model, "get_classifier", None)
+    classifier = tell() if tell else None
+    prefix = next((name for name, module in model.named_modules() if module is classifier), None)
+    return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}
+
+
+def finished_run(
+    folder: Path,
+    recipe: Recipe,
+    data: Mapping[str, Any],
+    sources: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, Any] | None:
     """The summary of the finished run of ``recipe`` on ``data`` in ``folder``; None where there is none, or not yet.
 
     Args:
         folder: The run folder.
         recipe: The run that is wanted.
         data: Fingerprint of its data set.
+        sources: Its teacher and its starting weights, as of `RunFolder`.
 
     Raises:
-        UserError: The folder holds a finished run of another recipe, other data or another version of the summary.
+        UserError: The folder holds a finished run of another recipe, other data, another teacher or start, or another
+            version of the summary.
     """
     summary, status = folder / "summary.json", folder / "status.json"
     if not (summary.exists() and status.exists()) or read_json(status).get("state") != "finished":
         return None
     _refuse_other(folder, read_recipe(folder), recipe)
     _refuse_other_data(folder, data)
+    _refuse_other_sources(folder, sources)
     found = read_json(summary)
     if found.pop("schema", None) != SCHEMA:
         raise UserError(f"{summary}: of another version of mgic; this one reads schema {SCHEMA}; choose a new folder")
@@ -515,6 +705,28 @@ def _refuse_other_data(folder: Path, data: Mapping[str, Any]) -> None:
             f"run folder {folder}: its run used other data ({odd}: {there[odd]!r} there, "
             f"{data.get(odd)!r} now); choose a new folder"
         )
+
+
+def read_sources(folder: Path) -> dict[str, Any]:
+    """The teacher and the starting weights of a run, as of `RunFolder`; empty where it has none."""
+    file = folder / "sources.json"
+    return read_json(file) if file.exists() else {}  # runs of the first version had neither
+
+
+_IDENTITY = {"teacher": ("sha256", "model", "model_args", "mean", "std"), "init": ("sha256", "new_head")}
+"""What of a source decides the result of a run; the rest is told to readers."""
+
+
+def _refuse_other_sources(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
+    there = read_sources(folder)
+    for part, keys in _IDENTITY.items():
+        old, new = there.get(part, {}), asked.get(part, {})
+        odd = next((key for key in keys if old.get(key) != new.get(key)), None)
+        if odd is not None:
+            raise UserError(
+                f"run folder {folder}: its run has another {part} ({odd}: {old.get(odd)!r} there, {new.get(odd)!r} "
+                f"asked); give the same {part}, or choose a new folder"
+            )
 
 
 def check_writable(path: Path) -> None:

@@ -28,7 +28,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..data import Augmentation, Data, epoch_order, random_key
 from ..errors import Stopped, UserError
-from .checkpoint import SCHEMA, RunFolder, save_weights, write_json
+from .checkpoint import SCHEMA, RunFolder, Start, TrainedNetwork, save_weights, start_from, write_json
+from .distillation import Distillation, check_teacher, note_sources
 from .fast import fast_training_
 from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
 from .recipes import Recipe
@@ -55,6 +56,7 @@ class RunSummary:
         history: One row an epoch: ``epoch, step, lr, train_loss, test_loss``, the score on the test samples, ``seconds``.
         resumed_from: Step the last process continued from; 0 for a run in one piece.
         origin: Commit, date, machine and versions of the process that finished the run.
+        data_note: Provenance of the data.
     """
 
     model: str
@@ -69,6 +71,7 @@ class RunSummary:
     history: list[dict[str, float]]
     resumed_from: int
     origin: dict[str, Any]
+    data_note: str = ""  # summaries of the first version had none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the metrics among the others."""
@@ -90,6 +93,8 @@ def train(
     data: Data,
     out: str | Path,
     *,
+    teacher: TrainedNetwork | None = None,
+    init: Start | None = None,
     accelerator: str = "auto",
     strict_resume: bool = False,
     progress: bool | None = None,
@@ -102,6 +107,9 @@ def train(
         build_model: Makes the network; called once, with PyTorch's generator seeded by the recipe.
         data: What to train on; see `mgic.data.load_data`.
         out: Folder of the run; see `mgic.training.checkpoint.RunFolder`.
+        teacher: Network to learn from, as the recipe's ``distill_`` fields say; see `mgic.training.distillation`. It is left
+            as it is. A run is continued with the same teacher only.
+        init: Weights to start from; a run is continued with the same ones only.
         accelerator: ``auto``, ``cpu`` or ``cuda``, as in Lightning Fabric.
         strict_resume: Stop at a corrupt checkpoint instead of falling back to the one before it.
         progress: Show a progress bar; default: on a terminal.
@@ -121,17 +129,25 @@ def train(
         )
     if recipe.label_smoothing and not data.task.smooths:
         raise UserError(f"label_smoothing={recipe.label_smoothing} is for classes: {data.task.name} has none")
+    check_teacher(recipe, teacher, data)
     # all this before the folder is claimed: what cannot be trained leaves nothing behind
     data.train.check(Augmentation(recipe.crop_padding, recipe.flip, recipe.seed))
     fabric = _fabric(recipe, accelerator)
     model = _seeded(build_model, recipe.seed)
-    _check_fit(model, data)
-    with RunFolder(Path(out), recipe, data.fingerprint()) as folder, Signals() as signals:
+    _check_fit(model, data, "the network")
+    if init is not None:
+        start_from(model, init)
+    distillation = None
+    if teacher is not None:
+        _check_fit(teacher.model, data, f"the teacher {teacher.recipe.model}")
+        distillation = Distillation.of(recipe, teacher, data, model, fabric.device)
+    sources = note_sources(teacher, init)
+    with RunFolder(Path(out), recipe, data.fingerprint(), sources) as folder, Signals() as signals:
         outcome = "failed"
         folder.write_status("running")
         try:
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
-                run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume)
+                run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume, distillation)
                 with progress_bar(progress, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
             outcome = "finished"
@@ -275,8 +291,9 @@ class _Run:
         fabric: Any,
         steps_per_epoch: int,
         strict_resume: bool,
+        distillation: Distillation | None,
     ):
-        self.recipe, self.folder, self.fabric = recipe, folder, fabric
+        self.recipe, self.folder, self.fabric, self.distillation = recipe, folder, fabric, distillation
         self.data = data.to(fabric.device)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         model = model.to(fabric.device)
@@ -290,6 +307,9 @@ class _Run:
             model.compile()
         self.model = model
         self.wrapped, self.optimizer = fabric.setup(model, _optimizer(model, recipe))
+        if hasattr(model, "forward_intermediates"):  # how features are asked for; see `Distillation`
+            for method in ("forward_intermediates", "forward_head"):
+                self.wrapped.mark_forward_method(method)
         self.at, self.saved = _Progress(), (-1, 0)
         checkpoint = folder.newest(strict_resume)
         if checkpoint is not None:
@@ -387,13 +407,19 @@ class _Run:
         recipe, at = self.recipe, self.at
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(at.step, self.steps_per_epoch)
+        lesson = self.distillation.lesson(inputs, self.fabric.autocast()) if self.distillation else None
         torch.manual_seed(random_key("step", recipe.seed, at.step))
         buffers = [b.clone() for b in self.model.buffers()]  # a forward pass with NaN spoils running statistics
         x = self.normalize(inputs)
         if recipe.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         task = self.data.task
-        loss = task.loss(task.forward(self.wrapped, x).float(), targets, recipe.label_smoothing)
+        if self.distillation and lesson:
+            output, features = self.distillation.read(self.wrapped, x)
+            loss = task.loss(output.float(), targets, recipe.label_smoothing)
+            loss = self.distillation.loss(loss, output.float(), features, lesson)
+        else:
+            loss = task.loss(task.forward(self.wrapped, x).float(), targets, recipe.label_smoothing)
         value = loss.item()
         finite = math.isfinite(value)
         if finite:
@@ -496,6 +522,7 @@ class _Run:
             history=at.history,
             resumed_from=self.resumed_from,
             origin=provenance(),
+            data_note=self.data.note,
         )
 
 
@@ -506,8 +533,8 @@ def _seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build_model()
 
 
-def _check_fit(model: nn.Module, data: Data) -> None:
-    """Run two zeros through the network, in eval mode: it changes nothing and finds what does not fit."""
+def _check_fit(model: nn.Module, data: Data, what: str) -> None:
+    """Run two zeros through a network, in eval mode: it changes nothing and finds what does not fit."""
     task, device = data.task, next(model.parameters()).device
     model.eval()
     try:
@@ -517,12 +544,12 @@ def _check_fit(model: nn.Module, data: Data) -> None:
         reason = str(error).strip().split("\n")[0]
         layout = " (C, H, W)" if len(data.input_size) == 3 else ""
         raise UserError(
-            f"the network cannot read {task.samples} of {data.name}, {data.input_size}{layout}: {reason}"
+            f"{what} cannot read {task.samples} of {data.name}, {data.input_size}{layout}: {reason}"
         ) from error
     except (TypeError, IndexError, KeyError, AttributeError) as error:
-        raise UserError(f"the network is none for {task.name}: its output is not what {data.name} needs") from error
+        raise UserError(f"{what} is none for {task.name}: its output is not what {data.name} needs") from error
     if output.shape != (2, *task.shape(data.input_size)):
         raise UserError(
-            f"{data.name} has {task.outputs} classes, but the network's output for two {task.samples} has shape "
+            f"{data.name} has {task.outputs} classes, but the output of {what} for two {task.samples} has shape "
             f"{tuple(output.shape)}; build it with num_classes={task.outputs}"
         )

@@ -44,6 +44,9 @@ class Recipe:
         label_smoothing: Probability mass spread over all classes.
         ema_decay: Decay of the exponential moving average of the weights per step; 0 is off.
         clip_grad: Largest norm of the gradient; 0 is off.
+        distill_weight: Share of the loss that a teacher's logits have, where there is a teacher; 0 is off.
+        distill_temperature: Of the softmax of both, for the logits alone.
+        distill_features: Weight of the distance to the teacher's features, added to the loss; 0 is off.
         precision: ``32``, ``bf16`` or ``16`` (mixed precision; 16 needs a GPU).
         channels_last: Store activations as NHWC.
         compile: Use ``torch.compile``.
@@ -85,6 +88,9 @@ class Recipe:
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
     clip_grad: float = 0.0
+    distill_weight: float = 0.0
+    distill_temperature: float = 4.0
+    distill_features: float = 0.0
     precision: str = "32"
     channels_last: bool = False
     compile: bool = False
@@ -130,6 +136,11 @@ class Recipe:
             raise UserError(f"recipe: nesterov belongs to optimizer 'sgd', but optimizer is {self.optimizer!r}")
         if self.nesterov and self.momentum == 0:
             raise UserError("recipe: nesterov needs momentum > 0, got momentum=0")
+        if self.compile and self.distill_features:
+            raise UserError(
+                f"recipe: distill_features={self.distill_features} reads features inside the network, which "
+                "torch.compile does not give away; set compile to false"
+            )
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The rate of step ``step`` (counted from 0): a pure function, so a resumed run needs no scheduler state.
@@ -276,6 +287,9 @@ _RULES: dict[str, _Rule] = {
     "label_smoothing": _number(0, 1),
     "ema_decay": _number(0, 1),
     "clip_grad": _number(0),
+    "distill_weight": _number(0, 1, open_high=False),
+    "distill_temperature": _number(0, open_low=True),
+    "distill_features": _number(0),
     "precision": (lambda v: v in ("32", "bf16", "16"), "'32', 'bf16' or '16' (text)"),
     "channels_last": _FLAG,
     "compile": _FLAG,

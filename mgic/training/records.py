@@ -91,6 +91,12 @@ def make_record(
     }
 
 
+def without_folder(name: str) -> str:
+    """Name a file or a data set without folders of this machine: ``masks:/a/b`` is ``masks:b``."""
+    kind, colon, place = name.rpartition(":")
+    return kind + colon + Path(place).name
+
+
 def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
     """What a record of training runs states: the metrics of both splits, epochs, seconds an epoch, skipped steps."""
     common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
