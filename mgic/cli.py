@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from . import __version__, cli_bench
+from . import __version__, cli_bench, cli_convert
 from .errors import Stopped, UserError, suggest
 from .training.recipes import RECIPES, Recipe
 
@@ -737,6 +737,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
         _add_publish,
         lambda args, given: _run_publish(args),
     ),
+    "convert": ("put multigrid into any network, with a report", cli_convert.add_convert, cli_convert.run_convert),
     "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
@@ -761,6 +762,7 @@ Flags win over --config, which wins over --recipe. --model_args replaces all arg
   mgic predict runs/solids cup.off --json""",
     "publish": """  mgic publish runs/a --to hub/mgic_resnet20
   mgic publish runs/a --to hub/mgic_resnet20 --license mit --push me/mgic_resnet20-digits""",
+    "convert": cli_convert.EXAMPLES,
     "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",

@@ -589,7 +589,8 @@ class _Planner:
             raise _Kept("depthwise")
         if conv.groups > 1:
             raise _Kept(f"grouped: {conv.groups} groups of {conv.in_channels // conv.groups} channels")
-        if call.inputs is not None and call.inputs[2:] == (1, 1) and self.survey.size[1:] != (1, 1):
+        pointwise = conv.kernel_size == (1, 1) and self.survey.size[1:] != (1, 1)
+        if pointwise and call.inputs is not None and call.inputs[2:] == (1, 1):
             raise _Kept("attention or head: it works on one pixel")
 
     def _replace(
@@ -908,8 +909,8 @@ def _notes(rows: Sequence[Row], survey: Survey) -> list[str]:
     strided = sum(1 for row in rows if row.action == "conv" and max(getattr(modules[row.name], "stride", (1,))) > 1)
     if strided:
         notes.append(
-            f"{strided} strided convolutions are additive multigrid layers; the MGIC networks have a depthwise convolution "
-            "between stages instead"
+            f"additive multigrid layers stand for {strided} of the strided convolutions; the MGIC networks have a depthwise "
+            "convolution between stages"
         )
     if not any(row.replaced for row in rows):
         notes.append("nothing was replaced")

@@ -22,10 +22,10 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"models", "data"},
     {"scaling", "tables"},
     {"training", "reporting"},
-    {"prediction"},
+    {"prediction", "converted"},
     {"publishing"},
     {"benchmarking"},
-    {"cli_bench"},
+    {"cli_bench", "cli_convert"},
     {"cli", "__main__", "__init__"},
 ]
 

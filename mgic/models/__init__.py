@@ -79,6 +79,12 @@ def create_model(name: str, *, conversion: Mapping[str, Any] | None = None, **ov
 
 
 def _torchvision(name: str, overrides: Mapping[str, Any]) -> nn.Module:
+    in_chans = overrides.get("in_chans", 3)
+    if in_chans != 3:
+        raise UserError(
+            f"torchvision's networks take images of 3 channels, got in_chans={in_chans}; timm has most of them"
+        )
+    overrides = {key: value for key, value in overrides.items() if key != "in_chans"}
     if name in ("googlenet", "inception_v3"):  # they warn, unless told, that drawing their weights takes long
         overrides = {"init_weights": True, **overrides}
     try:

@@ -1,0 +1,187 @@
+"""The verb ``convert``: any network in, a converted one with its report out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .conversion import Report
+    from .fitting import Fit
+
+EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
+  mgic convert timm_or_own_name --target_macs 1e9 --out converted
+  mgic convert runs/dense --group_size 8 --coarsest 16 --blocks false --warm-start --root data --out converted
+  mgic train --recipe digits --config converted/recipe.yaml --init converted/model.safetensors --out runs/a
+
+A run of mgic train keeps its weights; a name starts with random ones unless --pretrained or --checkpoint is given.
+--warm-start fits the new layers to the old ones on training images of the run's data, or of --data."""
+
+
+def add_convert(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument("source", type=str, help="run folder, or name of a network (ours, timm's, torchvision:NAME)")
+    parser.add_argument("--model_args", type=dict, default={}, help="arguments of a network given by name")
+    parser.add_argument("--pretrained", action="store_true", help="fetch the weights that belong to the name")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=None, help="weights of a network given by name (.safetensors)"
+    )
+    parser.add_argument("--group_size", type=int, default=32, help="channels per group (s_g)")
+    parser.add_argument("--coarsest", type=int, default=64, help="width at which to stop coarsening (s_c)")
+    parser.add_argument("--blocks", type=bool, default=True, help="replace residual blocks whole")
+    parser.add_argument("--linear", type=bool, default=False, help="replace wide linear layers too")
+    parser.add_argument(
+        "--target_params", type=float, default=None, help="most parameters; chooses s_g and s_c by stage"
+    )
+    parser.add_argument("--target_macs", type=float, default=None, help="most multiply-adds")
+    parser.add_argument("--target_ms", type=float, default=None, help="milliseconds of one input, measured here")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of --target_ms")
+    parser.add_argument("--only", type=list[str], default=None, help="shell patterns of layers that may be replaced")
+    parser.add_argument("--input_size", type=list[int], default=None, help="'[3, 224, 224]'; its own by default")
+    parser.add_argument("--warm-start", action="store_true", help="fit the new layers to the weights of the old")
+    parser.add_argument("--data", type=str, default=None, help="data set of --warm-start; that of the run by default")
+    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--samples", type=int, default=512, help="training samples of --warm-start")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each layer's reconstruction")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
+    parser.add_argument("--dry-run", action="store_true", help="only report")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run_convert(args: Namespace, given: Sequence[str]) -> int:
+    """Convert, print, write."""
+    from rich.console import Console
+
+    from .conversion import Conversion, convert
+    from .converted import Converted, save_converted
+    from .reporting import conversion_table
+    from .training.checkpoint import check_writable
+
+    if args.out is None and not args.dry_run:
+        raise UserError("--out is missing: the folder of the converted network; or give --dry-run")
+    if args.out is not None:
+        if args.out.exists() and any(args.out.iterdir()):
+            raise UserError(f"--out {args.out}: not empty; name a new folder")
+        check_writable(args.out / "conversion.json")
+    if args.warm_start and args.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {args.samples}")
+    model, name, arguments, calibration = _source(args)
+    options: dict[str, Any] = {"where": _where(args.only), "input_size": args.input_size, "dry_run": args.dry_run}
+    targets = {f"target_{unit}": args[f"target_{unit}"] for unit in ("params", "macs", "ms")}
+    options |= {key: value for key, value in targets.items() if value is not None}
+    if args.target_ms is not None:
+        options["threads"] = args.threads
+    converted, report = convert(model, Conversion(args.group_size, args.coarsest, args.blocks, args.linear), **options)
+    fits: list[Fit] = []
+    if args.warm_start and not args.dry_run and any(row.replaced for row in report.rows):
+        from .fitting import warm_start_
+
+        fits = warm_start_(converted, model, calibration, steps=args.steps)
+    if args.out is not None and not args.dry_run:
+        save_converted(args.out, Converted(converted.eval(), name, arguments, report))
+    if args.json:
+        print(json.dumps({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]}, indent=2))  # noqa: T201
+        return 0
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(conversion_table(report))
+    console.print(str(report))
+    _print_budget(report, console.print)
+    for fit in fits:
+        console.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
+    if args.out is not None and not args.dry_run:
+        console.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
+    return 0
+
+
+def _where(patterns: list[str] | None) -> Any:
+    if patterns is None:
+        return None
+    from fnmatch import fnmatch
+
+    return lambda name, module: any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _print_budget(report: "Report", say: Any) -> None:
+    budget = report.budget
+    if not budget:
+        return
+    for choice in budget["choices"]:
+        setting = f"s_g {choice['group_size']}, s_c {choice['coarsest']}" if choice["group_size"] else "dense"
+        say(
+            f"stage {choice['stage'] or '(others)':<10} {setting:<18} {choice['before']:>14,.6g} -> {choice['after']:,.6g}"
+        )
+    words = " ".join(f"{key} {budget[key]:,.6g}" for key in ("before", "target", "predicted", "measured"))
+    say(f"{budget['unit']}: {words}" + (f" ({budget['path']}, {budget['threads']} thread)" if "path" in budget else ""))
+
+
+def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
+    """Return the network, its name and arguments, and calibration inputs where they are asked for."""
+    from .models import create_model
+    from .training.checkpoint import fit_weights, load_network, load_start
+
+    folder = Path(args.source)
+    if folder.is_dir():
+        for flag in ("model_args", "checkpoint", "pretrained"):
+            if args[flag]:
+                raise UserError(f"--{flag} belongs to a network given by name; {folder} is a run folder")
+        run = load_network(folder, create_model)
+        arguments = {
+            "num_classes": run.data["num_classes"],
+            "in_chans": run.data["input_size"][0],
+            **run.recipe.model_args,
+        }
+        if args.input_size is None:
+            args.input_size = run.data["input_size"]
+        images = _calibration(args, args.data or run.recipe.data, args.data_args or run.recipe.data_args, run)
+        return run.model, run.recipe.model, arguments, images
+    if args.pretrained and args.checkpoint:
+        raise UserError("give one of --pretrained and --checkpoint")
+    arguments = dict(args.model_args)
+    weights = (
+        {} if not args.pretrained else {"weights": "DEFAULT"} if _torchvision(args.source) else {"pretrained": True}
+    )
+    model = create_model(args.source, **arguments, **weights)
+    if args.checkpoint is not None:
+        fit_weights(
+            model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {args.source}"
+        )
+    if args.warm_start and args.data is None:
+        raise UserError("--warm-start of a network given by name needs calibration data: --data")
+    return model.eval(), args.source, arguments, _calibration(args, args.data, args.data_args or {}, None)
+
+
+def _torchvision(name: str) -> bool:
+    from .models import TORCHVISION
+
+    return name.startswith(TORCHVISION)
+
+
+def _calibration(args: Namespace, name: str | None, arguments: dict[str, Any], run: Any) -> "list[Tensor]":
+    """Return training inputs, normalised as the network expects, in batches."""
+    if not args.warm_start or args.dry_run or name is None:
+        return []
+    from dataclasses import replace
+
+    import torch
+
+    from .data import load_data, padded
+
+    data = padded(load_data(name, args.root, **arguments), run.recipe.pad_images if run is not None else 0)
+    if run is not None:
+        data = replace(data, mean=tuple(run.data["mean"]), std=tuple(run.data["std"]))
+    normalize, batches, seen = data.normalizer(torch.device("cpu")), [], 0
+    for inputs, _ in data.train.evaluation_batches(min(64, args.samples), 0):
+        batches.append(normalize(inputs)[: args.samples - seen])
+        seen += len(batches[-1])
+        if seen >= args.samples:
+            break
+    return batches

@@ -1,0 +1,88 @@
+"""A converted network on disk: the name of its source, what was replaced, its weights. Never a pickle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from .conversion import Report
+from .errors import UserError
+from .models import create_model
+from .reporting import conversion_page
+from .training.checkpoint import fit_weights, load_weights, save_weights, write_json, write_text
+
+SCHEMA = 1
+FILE, WEIGHTS, PAGE, RECIPE = "conversion.json", "model.safetensors", "report.html", "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted network and where it comes from.
+
+    Args:
+        model: The network, with its weights, in eval mode.
+        source: Registered name of the network that was converted.
+        arguments: Arguments it was built with.
+        report: What was replaced.
+    """
+
+    model: nn.Module
+    source: str
+    arguments: Mapping[str, Any]
+    report: Report
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments that make `mgic.create_model` build the converted network."""
+        layers = [{**layer, "pooled": list(layer["pooled"])} for layer in self.report.layers]
+        return {**self.arguments, "conversion": {"layers": layers}}
+
+
+def save_converted(folder: Path, converted: Converted) -> None:
+    """Write ``conversion.json``, ``model.safetensors`` and its checksum, ``report.html``, and ``recipe.yaml`` for training.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = json.loads(converted.report.to_json())
+    known = {"schema": SCHEMA, "source": converted.source, "arguments": dict(converted.arguments), "report": report}
+    save_weights(folder / WEIGHTS, converted.model)
+    write_text(folder / PAGE, conversion_page(converted.report))
+    recipe = {"model": converted.source, "model_args": converted.model_args}
+    write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    write_json(folder / FILE, known)  # last: a folder with this file is whole
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether a folder holds what `save_converted` wrote."""
+    return (Path(folder) / FILE).is_file()
+
+
+def load_converted(folder: str | Path) -> Converted:
+    """Build a converted network again and load its weights.
+
+    Raises:
+        UserError: The folder holds no converted network, or of another schema version.
+        CorruptCheckpoint: The weights are damaged.
+    """
+    file = Path(folder) / FILE
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}: holds no converted network ({error})") from error
+    if not isinstance(known, dict) or known.get("schema") != SCHEMA:
+        found = known.get("schema") if isinstance(known, dict) else None
+        raise UserError(f"{file}: a conversion of schema {found!r}; this version of mgic reads {SCHEMA}")
+    try:
+        source, arguments, report = str(known["source"]), dict(known["arguments"]), json.dumps(known["report"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a conversion ({type(error).__name__}: {error})") from error
+    converted = Converted(nn.Identity(), source, arguments, Report.from_json(report, str(file)))
+    model = create_model(source, **converted.model_args)
+    fit_weights(model, load_weights(Path(folder) / WEIGHTS), f"{folder}: its weights do not fit")
+    return Converted(model.eval(), source, arguments, converted.report)
