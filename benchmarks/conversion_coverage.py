@@ -35,7 +35,7 @@ FAMILIES = (  # timm's modules of convolutional networks
 TRANSFORMERS = ("vit_tiny_patch16_224", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224")
 LARGEST = 60e6
 """Parameters; larger variants of a family have the same layers, and training steps of them take memory and minutes."""
-PER_FAMILY = 10
+PER_FAMILY = 7
 
 
 def names() -> list[str]:
