@@ -1,6 +1,7 @@
 """The verb ``convert``: any network in, a converted one with its report out."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ def add_convert(parser: ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=512, help="training samples of --warm-start")
     parser.add_argument("--steps", type=int, default=100, help="steps of each layer's reconstruction")
     parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
+    parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
     parser.add_argument("--dry-run", action="store_true", help="only report")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -70,6 +72,8 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out}: not empty; name a new folder")
         check_writable(args.out / "conversion.json")
+    if args.record is not None:
+        check_writable(args.record)
     if args.warm_start and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
     model, name, arguments, calibration = _source(args)
@@ -86,6 +90,8 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
         fits = warm_start_(converted, model, calibration, steps=args.steps)
     if args.out is not None and not args.dry_run:
         save_converted(args.out, Converted(converted.eval(), name, arguments, report))
+    if args.record is not None:
+        _write_record(args.record, report, fits, given)
     if args.json:
         print(json.dumps({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]}, indent=2))  # noqa: T201
         return 0
@@ -100,6 +106,26 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     if args.out is not None and not args.dry_run:
         console.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
     return 0
+
+
+def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
+    from .training.records import make_record, write_record
+
+    pairs = {"before": report.before, "after": report.after}
+    metrics = {f"{unit}_{when}": [getattr(cost, unit)] for when, cost in pairs.items() for unit in ("params", "macs")}
+    budget = dict(report.budget)
+    if budget:
+        metrics |= {f"{budget['unit']}_{key}": [budget[key]] for key in ("before", "target", "predicted", "measured")}
+    keep, words = ("--out", "--root", "--record", "--checkpoint"), []
+    for word in given:  # without the folders of this machine
+        if words and words[-1] in keep:
+            words.pop()
+        elif word.partition("=")[0] not in keep or "=" not in word:
+            words.append(word)
+    rows = json.loads(report.to_json())["rows"]
+    data = "no data; random weights" if not fits else "calibration inputs only"
+    extra: dict[str, Any] = {"rows": rows, "budget": budget, "fits": [vars(fit) for fit in fits]}
+    write_record(path, make_record(shlex.join(["mgic", *words]), data, [0], metrics, report.notes, **extra))
 
 
 def _where(patterns: list[str] | None) -> Any:

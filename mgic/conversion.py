@@ -32,6 +32,7 @@ SCHEMA = 1
 Where = Callable[[str, nn.Module], bool]
 """``(name, module) -> bool``: whether a block or a layer may be replaced."""
 
+_BY_CHOICE = "dense by choice"
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 """What a network raises that is run or traced in a way its author did not think of."""
 _MULTIGRID = (MGICBlock, MGICConv, MGICLinear, AdditiveChannelChange, Smoothing)
@@ -562,16 +563,18 @@ class _Planner:
             for parent in _parents(name):
                 if any(hasattr(self.modules[parent], m) for m in ("reparameterize", "switch_to_deploy")):
                     raise _Kept(f"it is merged with others by the reparameterize() of {parent or 'the network'}")
-            if conversion is None:
-                raise _Kept("dense by choice")
             if any(_inside(name, head) for head in self.heads):
                 raise _Kept("head: the classifier")
             if type(module) in _CONVOLUTIONS:
                 self._check_convolution(name, module)  # type: ignore[arg-type]
+                if conversion is None:
+                    raise _Kept(_BY_CHOICE)
                 with torch.device("meta"):
                     new: nn.Module = _make_conv(module, conversion.group_size, conversion.coarsest)
                 action = "conv"
             elif type(module) is nn.Linear:
+                if conversion is None:
+                    raise _Kept(_BY_CHOICE)
                 if not conversion.linear:
                     raise _Kept("linear: replaced with linear=True only")
                 with torch.device("meta"):

@@ -1,0 +1,170 @@
+"""Converted networks on disk, the verb convert, the page."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from test_cli import call, run_folder, tiny  # noqa: F401  (fixtures)
+
+import mgic
+from mgic.conversion import Conversion, convert
+from mgic.converted import Converted, load_converted, save_converted
+from mgic.errors import UserError
+from mgic.reporting import conversion_page
+from mgic.training.checkpoint import CorruptCheckpoint
+
+ARGUMENTS = {"width": 0.5, "num_classes": 3}
+SMALL = ["--model_args={width: 0.5}", "--group_size=2", "--coarsest=4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A converted ResNet-20 of half the width."""
+    where = tmp_path_factory.mktemp("converted") / "a"
+    model, report = convert(mgic.create_model("resnet20", **ARGUMENTS), Conversion(2, 4))
+    save_converted(where, Converted(model.eval(), "resnet20", ARGUMENTS, report))
+    return where
+
+
+def test_a_converted_network_comes_back_bit_for_bit(folder):
+    one, two = load_converted(folder), load_converted(folder)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(one.model(x), two.model(x))
+    assert one.report == two.report
+    twin = mgic.create_model("resnet20", **one.model_args)
+    twin.load_state_dict(one.model.state_dict(), strict=True)
+    assert torch.equal(twin.eval()(x), one.model(x))
+
+
+def test_what_is_no_converted_network_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="holds no converted network"):
+        load_converted(tmp_path)
+    for name in ("conversion.json", "model.safetensors", "model.safetensors.sha256"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    known = json.loads((folder / "conversion.json").read_text())
+    for text, words in (
+        (json.dumps(known | {"schema": 9}), "schema 9; this version of mgic reads 1"),
+        ("[]", "schema None"),
+        (json.dumps({"schema": 1}), "not a conversion"),
+        (json.dumps(known | {"source": "resnet21"}), "there is no model 'resnet21'"),
+        (json.dumps(known | {"arguments": {"num_classes": 4}}), "its weights do not fit"),
+        ("{", "holds no converted network"),
+    ):
+        (tmp_path / "conversion.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_converted(tmp_path)
+    (tmp_path / "conversion.json").write_text(json.dumps(known))
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CorruptCheckpoint):
+        load_converted(tmp_path)
+
+
+def test_convert_from_the_command_line_and_train_on(call, run_folder, tiny, tmp_path):  # noqa: F811
+    """A run is converted, fitted to itself on its own data, and trained on from there."""
+    out = tmp_path / "c"
+    flags = ["--group_size=2", "--coarsest=4", "--samples=16", "--steps=1", "--warm-start", "--json", f"--out={out}"]
+    plain = tmp_path / "plain"
+    words = [f"--data={tiny}", f"--out={plain}", "--model=resnet20", "--model_args={width: 0.5}", "--epochs=1"]
+    assert call("train", *words, "--batch_size=16")[0] == 0
+    status, text, err = call("convert", plain, *flags)
+    assert status == 0, err
+    found = json.loads(text)
+    assert found["schema"] == 1
+    assert len(found["fits"]) == sum(row["action"] != "kept" for row in found["rows"]) > 0
+    assert {p.name for p in out.iterdir()} == {
+        *("conversion.json", "model.safetensors", "model.safetensors.sha256", "recipe.yaml", "report.html")
+    }
+    again = tmp_path / "again"
+    start = [f"--config={out / 'recipe.yaml'}", f"--init={out / 'model.safetensors'}", f"--teacher={plain}"]
+    words = ["train", *start, f"--data={tiny}", f"--out={again}", "--epochs=1", "--batch_size=16"]
+    status, _, err = call(*words)
+    assert status == 0, err
+    assert call("evaluate", again)[0] == 0
+
+
+def test_a_budget_and_a_dry_run_on_the_command_line(call, tmp_path):  # noqa: F811
+    words = ["convert", "resnet20", "--model_args={width: 2}", "--target_macs=1e8"]
+    status, text, _ = call(*words, "--dry-run")
+    assert status == 0
+    assert "macs: before 1" in text
+    assert "stage 32x32" in text
+    assert "head: the classifier" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["resnet20", *SMALL], "--out is missing"),
+        (["resnet2O", "--dry-run"], "there is no model 'resnet2O'; did you mean"),
+        (["resnet20", "--dry-run", "--group_size=0"], "group_size must be a positive integer, got 0"),
+        (["resnet20", "--dry-run", "--target_macs=1"], "target_macs=1 cannot be met"),
+        (
+            ["resnet20", "--dry-run", "--target_macs=1e6", "--target_params=1e5"],
+            "give one of target_params, target_macs",
+        ),
+        (["resnet20", "--warm-start", "--out=x"], "needs calibration data: --data"),
+        (
+            ["resnet20", "--pretrained", "--checkpoint=a.safetensors", "--dry-run"],
+            "give one of --pretrained and --checkpoint",
+        ),
+        (["resnet20", "--checkpoint=a.safetensors", "--dry-run"], "neither a run folder nor a .safetensors file"),
+        (["vit_tiny_patch16_224", "--dry-run", "--input_size=[3, 99, 99]"], "does not run on inputs of (3, 99, 99)"),
+        (["torchvision:resnet18", "--model_args={in_chans: 1}", "--dry-run"], "take images of 3 channels"),
+    ],
+)
+def test_wrong_calls_of_convert_are_one_line(call, words, message):  # noqa: F811
+    status, _, err = call("convert", *words)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_holds_something_is_not_written_to(call, folder, tmp_path):  # noqa: F811
+    status, _, err = call("convert", "resnet20", *SMALL, f"--out={folder}")
+    assert (status, "not empty; name a new folder" in err) == (2, True)
+    status, _, err = call("convert", folder.parent, *SMALL, f"--out={tmp_path / 'b'}")
+    assert status == 2
+
+
+class _Cells(HTMLParser):
+    """Counts what the page shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.bars, self.open = 0, [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.rows += tag == "tr"
+        if tag == "div" and "bar" in (values.get("class") or "").split():
+            self.bars.append(float(values["style"].removeprefix("width:").removesuffix("%")))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_draws_every_layer_before_and_after():
+    report = convert(mgic.create_model("resnet20", width=0.5), Conversion(2, 4), dry_run=True)[1]
+    page = conversion_page(report)
+    cells = _Cells()
+    cells.feed(page)
+    assert not cells.open
+    assert cells.rows == len(report.rows) + 1
+    most = max(row.macs for row in report.rows)
+    expected = [100 * macs / most for row in report.rows for macs in (row.macs, row.macs_after)]
+    assert cells.bars == pytest.approx(expected, abs=0.01)
+    assert "http" not in page, "the page needs nothing else"
+
+
+def test_names_on_the_page_are_text_not_markup():
+    report = convert(mgic.create_model("resnet20", width=0.5), Conversion(2, 4), dry_run=True)[1]
+    from dataclasses import replace
+
+    page = conversion_page(replace(report, model="<script>x</script>"))
+    assert "<script>" not in page
