@@ -8,7 +8,6 @@ and multiply-adds are counted; milliseconds are measured, layer by layer, on the
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +23,8 @@ from .runtime.accelerate import accelerate
 GROUP_SIZES = (64, 32, 16, 8)
 COARSEST = (128, 64, 32, 16)
 PATHS = ("eager", "onnxruntime", "openvino", "engine")
+ROUNDS = 15
+"""Calls that a time is the median of."""
 TRIES = 4
 """How often a choice is measured and the table corrected by what was found."""
 WITHIN = 0.05
@@ -300,15 +301,12 @@ def _fastest(model: nn.Module, x: Tensor, threads: int) -> tuple[str, float]:
 
 
 def _timer(path: str, threads: int) -> Time:
-    """Return what measures one call in a path: the median of medians, so that one disturbance does not count."""
+    """Return what measures one call in a path, the median of many."""
 
     def time(module: nn.Module, x: Tensor) -> float:
-        found = []
-        for _ in range(3):
-            one = accelerate(module, x, threads=threads, paths=[path], rounds=7).report.results[0]
-            if one.milliseconds is None:
-                raise UserError(f"target_ms: {path} does not run {type(module).__name__}: {one.reason}")
-            found.append(one.milliseconds)
-        return statistics.median(found)
+        one = accelerate(module, x, threads=threads, paths=[path], rounds=ROUNDS).report.results[0]
+        if one.milliseconds is None:
+            raise UserError(f"target_ms: {path} does not run {type(module).__name__}: {one.reason}")
+        return one.milliseconds
 
     return time

@@ -116,7 +116,8 @@ def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequen
     budget = dict(report.budget)
     if budget:
         metrics |= {f"{budget['unit']}_{key}": [budget[key]] for key in ("before", "target", "predicted", "measured")}
-    keep, words = ("--out", "--root", "--record", "--checkpoint"), []
+    keep = ("--out", "--root", "--record", "--checkpoint")
+    words: list[str] = []
     for word in given:  # without the folders of this machine
         if words and words[-1] in keep:
             words.pop()
