@@ -198,7 +198,7 @@ def convert_(
         conversion: Group size, coarsest width and what to replace.
         where: ``(name, module) -> bool``: whether a residual block, or a layer, may be replaced; all by default.
         optimizer: An optimizer of the network: refused if it holds parameters that would be replaced.
-        input_size: Size of one input without the batch; the network's own (``pretrained_cfg``), else ``(3, 224, 224)``.
+        input_size: Size of one input without the batch; see `input_size_of`.
         dry_run: Only report.
         target: One of ``target_params``, ``target_macs`` and ``target_ms``: choose the settings of each stage so that the
             network stays within this budget; see `mgic.budget.convert_within_`.
@@ -307,9 +307,14 @@ def apply_(
 
 
 def input_size_of(model: nn.Module) -> tuple[int, ...]:
-    """Return the input size a network says it has, without the batch; ``(3, 224, 224)`` where it says nothing."""
+    """Return the size of an input without the batch: what the network says (``pretrained_cfg``), else 224 x 224 pixels.
+
+    The channels are those of its first convolution, whatever the configuration says.
+    """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(config.get("input_size", (3, 224, 224)))
+    size = tuple(config.get("input_size", (3, 224, 224)))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return size if first is None else (first.in_channels, *size[1:])
 
 
 def _name_of(model: nn.Module) -> str:

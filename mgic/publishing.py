@@ -44,6 +44,7 @@ from .training.checkpoint import (
     write_json,
     write_text,
 )
+from .training.recipes import Recipe
 from .training.records import without_folder
 
 SCHEMA = 1
@@ -75,7 +76,7 @@ def publish(run: str | Path, folder: str | Path, license: str | None = None) -> 
     with TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as temporary:
         staged = Path(temporary) / folder.name
         staged.mkdir()
-        if timm.is_model(network.recipe.model):
+        if _timms(network.recipe):
             _write_timms(network, staged, license)
         else:
             _write_ours(network, staged)
@@ -205,12 +206,12 @@ def model_card(run: str | Path, network: TrainedNetwork, digest: str, license: s
     sources, found = read_sources(Path(run)), scores(read_json(Path(run) / "summary.json"))
     size, origin, name = tuple(data["input_size"]), summary["origin"], without_folder(data["name"])
     counted, commit = cost(network.model, size), summary["origin"]["commit"]
-    task, timms = data.get("task", "classification"), timm.is_model(recipe.model)
+    task, timms = data.get("task", "classification"), _timms(recipe)
     word = None if task == "classification" and not timms else _HUB_WORDS.get(task)
     versions = ", ".join(f"{key} {value}" for key, value in origin["versions"].items())
     note = summary.get("data_note") or f"{data['train']:,} training and {data['test']:,} test samples"
     lines = [
-        _metadata(recipe.model, name, word, found, license),
+        _metadata(recipe, name, word, found, license),
         f"# {recipe.model} trained on {name}",
         f"A network trained with mgic, multigrid in channels. Task: {task}; input {size} "
         f"(channels first); {data['num_classes']} outputs.",
@@ -248,7 +249,12 @@ def model_card(run: str | Path, network: TrainedNetwork, digest: str, license: s
     return "\n\n".join(lines) + "\n"
 
 
-def _metadata(model: str, data: str, word: str | None, found: Mapping[str, float], license: str | None) -> str:
+def _timms(recipe: Recipe) -> bool:
+    """Whether timm can build the network by its name; it knows nothing of conversions."""
+    return bool(timm.is_model(recipe.model)) and "conversion" not in recipe.model_args
+
+
+def _metadata(recipe: Recipe, data: str, word: str | None, found: Mapping[str, float], license: str | None) -> str:
     """The head of the card, which the hub reads."""
     test = next(key for key in found if key.startswith("test_"))
     kind = test.removeprefix("test_")
@@ -261,9 +267,9 @@ def _metadata(model: str, data: str, word: str | None, found: Mapping[str, float
         metric_value=found[test],
         metric_name=kind,
     )
-    library = "timm" if timm.is_model(model) else "mgic"
+    library = "timm" if _timms(recipe) else "mgic"
     card: Any = ModelCardData(
-        model_name=model,
+        model_name=recipe.model,
         library_name=library,
         pipeline_tag=word,
         license=license,

@@ -131,7 +131,8 @@ def test_torchvisions_networks_are_built_by_name():
 
 def test_timms_contract_holds_after_conversion():
     model = timm.create_model("resnet18", in_chans=1, num_classes=4)
-    convert_(model, Conversion(group_size=8, coarsest=32), input_size=(1, 64, 64))
+    report = convert_(model, Conversion(group_size=8, coarsest=32))
+    assert report.after.input_size == (1, 224, 224), "the channels are those of the network, not of its configuration"
     x = torch.randn(2, 1, 64, 64)
     assert model(x).shape == (2, 4)
     model.reset_classifier(3)
@@ -340,6 +341,13 @@ def test_wrong_settings_are_one_clear_line(call, words):
     with pytest.raises((UserError, ChannelConfigError), match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_convolution_without_channels_is_kept():
+    model = nn.Sequential(nn.Conv2d(32, 0, 1), nn.Conv2d(0, 32, 1, bias=True))
+    rows = rows_of(convert_(model, NARROW, input_size=(32, 4, 4)))
+    assert rows["0"].reason == "too narrow: 0 channels are at most coarsest=8"
 
 
 def test_narrow_copies_keep_what_is_not_wide():

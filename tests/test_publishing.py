@@ -59,6 +59,19 @@ def test_timm_loads_a_classifier_bit_for_bit_in_a_fresh_process(classifier, tmp_
     assert all(torch.equal(start[k], v) for k, v in network.model.state_dict().items())
 
 
+def test_a_converted_network_comes_back_bit_for_bit(tmp_path):
+    """timm cannot build it: it knows nothing of conversions."""
+    arguments = {"width": 0.5, "conversion": {"group_size": 2, "coarsest": 4}}
+    recipe = replace(RECIPE, data="digits", model="resnet20", model_args=arguments, epochs=1)
+    run = trained(tmp_path / "run", recipe, stripes())
+    publish(run, tmp_path / "hub")
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = load_network(run, mgic.create_model).model(x)
+        assert torch.equal(from_pretrained(tmp_path / "hub")(x), expected)
+    assert "library_name: mgic" in (tmp_path / "hub/README.md").read_text()
+
+
 def test_weights_with_two_names_are_written_under_both(classifier, tmp_path):
     """safetensors refuses tensors that share memory, and timm wants every name when it loads."""
     model = mgic.create_model("resnet20", num_classes=3, in_chans=1).eval()
