@@ -13,11 +13,11 @@ from mgic.cli import main
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # left to right; a file imports from the left of its own place only
-    {"errors", "hierarchy"},
+    {"errors", "hierarchy", "cache"},
     {"transfer"},
     {"blocks"},
     {"cycle", "smoothing", "counting", "representation"},
-    {"models", "data"},
+    {"models", "data", "kernels"},
     {"scaling", "tables", "runtime"},
     {"training", "reporting"},
     {"prediction"},
