@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ from mgic.kernels import (
     restriction_chain,
 )
 from mgic.kernels.floors import H200, block_floors, macs, moved, network_floors, seconds
+from mgic.runtime import EngineUnavailable
+from mgic.runtime.accelerate import TOLERANCES
+from mgic.runtime.gpu import fuse
+from mgic.runtime.ops import Convolution
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,10 +81,7 @@ def test_every_kernel_equals_its_twin_in_float64_under_the_interpreter(interpret
 def test_a_level_of_the_cycle_is_the_kernel():
     """The twin itself against the modules it stands for."""
     block = mgic.MGICBlock(mgic.Bottleneck, channels=32, group_size=4, coarsest=4).eval()
-    for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.running_mean)
-        nn.init.normal_(norm.bias)
+    random_norms(block)
     x = torch.randn(2, 32, 5, 7)
     with torch.no_grad():
         xs = restriction_chain(x, [r.weight for r in block.restrict], [r.groups for r in block.restrict])
@@ -270,7 +272,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_memory(measured, monkeypa
 
 
 def test_the_floors_are_those_of_the_estimate():
-    """Section 6 of the estimate: gigaflops, megabytes and microseconds of the blocks of ResNet-50, batch 256, s_g = s_c = 32."""
+    """Gigaflops, megabytes and microseconds of the blocks of ResNet-50, batch 256, s_g = s_c = 32."""
     expected = {
         (256, 56): (112, 136, (1644, 4316, 2055, 822), (410, 1004, 478, 191)),
         (512, 28): (112, 88, (822, 2826, 1233, 411), (243, 657, 287, 113)),
@@ -329,6 +331,114 @@ def test_the_predicted_ratios_of_the_page_are_the_records():
     ]
 
 
+def random_norms(model):
+    """Statistics and weights that leave no norm the identity."""
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.running_mean, std=0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "levels", "chains"),
+    [
+        ("mgic_resnet20", {"group_size": 8, "coarsest": 8}, 3 * (2 + 3 + 4), 3 + 3),
+        ("mgic_resnet50", {"group_size": 8, "coarsest": 8, "width": 0.25, "num_classes": 5}, None, None),
+        ("mgiad20", {}, 0, 0),  # its steps are in another order: convolutions, one by one
+        ("mgic_mobilenetv3_060", {"num_classes": 5}, 0, None),  # gates, hard_swish, depthwise convolutions
+        ("resnet20", {}, 7, 0),
+    ],
+)
+def test_the_program_cut_into_kernels_computes_what_its_interpreter_computes(name, arguments, levels, chains):
+    """And finds every level: 3 blocks a stage, with 2, 3 and 4 grids. A single restriction is no chain."""
+    model = random_norms(mgic.create_model(name, **arguments))
+    x = torch.randn(2, 3, 32, 32)
+    fused = fuse(model, x)
+    with torch.no_grad():
+        expected, found = fused.program(x), fused(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    counts = Counter(call.name for call in fused.calls)
+    assert levels is None or counts["level"] == levels
+    assert chains is None or counts["restriction_chain"] == chains
+    convolutions = [op for op in fused.program.ops if isinstance(op.compute, Convolution)]
+    assert sum(counts.values()) < len(fused.program.ops) or not levels
+    assert counts["convolution"] < len(convolutions) / 3
+
+
+def test_the_cut_program_takes_other_batches_and_half_precision():
+    model = random_norms(mgic.create_model("mgic_resnet20"))
+    x = torch.randn(3, 3, 16, 16)
+    fused = fuse(model.bfloat16(), x.bfloat16())
+    with torch.no_grad():
+        for images in (x, x[:1], x.to(memory_format=torch.channels_last)):
+            expected, found = fused.program(images), fused(images.bfloat16())
+            assert found.dtype == torch.bfloat16
+            assert (found - expected).abs().max() < TOLERANCES["cuda", torch.bfloat16] * expected.abs().max()
+    assert next(model.parameters()).dtype == torch.bfloat16  # left as it is
+
+
+class Steps(nn.Module):
+    """Convolutions followed by steps in orders that a kernel has and has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=2) for _ in range(6))
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.convs
+        y = torch.relu(a(x)) + x  # behind the activation
+        y = torch.relu(b(y)) * torch.sigmoid(y.mean((2, 3), keepdim=True))  # a number a channel
+        y = torch.relu(x - c(y))  # subtracted from
+        y = torch.tanh(d(y) + x) - y  # an unknown activation
+        y = torch.relu(torch.relu(e(y) + x) * self.scale[:, None, None])  # two activations, a norm between
+        z = torch.relu(f(y) - x)  # subtracted before the activation
+        return z, y
+
+
+def test_steps_that_a_kernel_cannot_do_run_behind_it():
+    model, x = Steps().eval(), torch.randn(2, 8, 5, 3)
+    fused = fuse(model, x)
+    with torch.no_grad():
+        for found, expected in zip(fused(x), model(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert [call.name for call in fused.calls].count("grouped_conv") == 6
+
+
+def test_a_block_that_others_read_is_not_swallowed():
+    """What a level keeps inside must not be read outside; and a subtraction of something else is no change of the level."""
+
+    class Leaky(nn.Module):
+        def __init__(self, reveal):
+            super().__init__()
+            self.block, self.other, self.reveal = mgic.BasicBlock(8, 2), nn.Conv2d(8, 8, 1), reveal
+
+        def forward(self, x):
+            b = self.block
+            inner = b.act1(b.norm1(b.conv1(x)))
+            y = b.act2(b.norm2(b.conv2(inner)) + x)
+            return (y, inner) if self.reveal else y - early
+
+    x = torch.randn(1, 8, 4, 4)
+    for reveal in (True, False):
+        model = random_norms(Leaky(reveal))
+        fused = fuse(model, x)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+        assert "level" not in [call.name for call in fused.calls]
+
+
+def test_what_is_tied_to_the_cpu_is_refused():
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return x.sort(1).values
+
+    with pytest.raises(EngineUnavailable, match="the kernels cannot take sort"):
+        fuse(Sorted(), torch.randn(1, 3, 4, 4))
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """What the kernels need, compiled for real shapes; one kernel each, so that it takes seconds."""
@@ -358,6 +468,10 @@ def fits(rows):
 
 
 MOST_SPILLED = 2048  # bytes of a thread
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here_and_fits(compiled):
+    assert len(fits(compiled)) == 3 * 2
 
 
 @pytest.mark.gpu

@@ -174,7 +174,7 @@ def restriction_chain(x: Tensor, weights: Sequence[Tensor], groups: Sequence[int
     trees = _merged(groups[-1], x.shape[1] // groups[-1])
     merged = [trees * g // groups[-1] for g in groups]
     widths = [merged[0] * inputs[0], *(m * o for m, o in zip(merged, outputs, strict=True))]
-    if not 2 <= len(weights) <= 3 or widths[0] > WIDEST or any(g % groups[-1] for g in groups):
+    if not 2 <= len(weights) <= 3 or max(widths) > WIDEST or any(g % groups[-1] for g in groups):
         return []
     pixels, x = x.numel() // x.shape[1], _rows(x)
     ys = [_empty(x, len(weight), *x.shape[2:]) for weight in weights]

@@ -187,8 +187,18 @@ def _(x: Tensor, weights: Sequence[Tensor], groups: Sequence[int]) -> list[Tenso
     for weight, g in zip(weights, groups, strict=True):
         _check(x, weight, g, 1, "none")
     arguments = (x, weights, groups)
-    found = _fastest("restriction_chain", arguments, lambda: tuple(map(_as_rows, naive_restriction_chain(*arguments))))
-    return list(found)
+
+    def one_by_one() -> tuple[Tensor, ...]:
+        xs = [x]
+        for weight, g in zip(weights, groups, strict=True):
+            zeros = torch.zeros(len(weight), device=x.device)
+            xs.append(grouped_conv(xs[-1], weight, zeros, g, 1, "none"))
+        return tuple(xs[1:])
+
+    def twin() -> tuple[Tensor, ...]:
+        return tuple(map(_as_rows, naive_restriction_chain(*arguments)))
+
+    return list(_fastest("restriction_chain", arguments, twin, one_by_one))
 
 
 @level.register_kernel("cuda")
@@ -203,18 +213,46 @@ def _(
 ) -> Tensor:
     _check_level(x, coarse, weights, biases, groups, act)
     arguments = (x, coarse, weights, biases, groups, act, change)
-    (y,) = _fastest("level", arguments, lambda: (_as_rows(naive_level(*arguments)),))
+
+    def twin() -> tuple[Tensor, ...]:
+        return (_as_rows(naive_level(*arguments)),)
+
+    (y,) = _fastest("level", arguments, twin, lambda: (level_by_operations(*arguments),))
     return y
 
 
-def _fastest(name: str, arguments: tuple[Any, ...], twin: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Run the way that `choose` finds for these shapes: a tiling of the kernel, or the twin."""
+def level_by_operations(
+    x: Tensor,
+    coarse: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    groups: int,
+    act: str,
+    change: bool,
+) -> Tensor:
+    """`level` by the kernels of its convolutions: for groups too wide for one kernel."""
+    convs = list(zip(weights, biases, strict=True))
+    z = x if coarse is None else grouped_conv(coarse, *convs.pop(0), groups, 1, "none", x)
+    y = z
+    for conv in convs[:-1]:
+        y = grouped_conv(y, *conv, groups, 1, act)
+    return grouped_conv(y, *convs[-1], groups, 1, act, z, x if change else None, -1.0)
+
+
+def _fastest(
+    name: str,
+    arguments: tuple[Any, ...],
+    twin: Callable[[], tuple[Tensor, ...]],
+    parts: Callable[[], tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """Run the way that `choose` finds for these shapes: a tiling of the kernel, the kernels of its parts, or the twin."""
     if find_spec("triton") is None:
         return twin()
     from . import launch
 
-    launches = getattr(launch, name)(*arguments)
-    ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {one.name: one.run for one in launches}
+    ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    ways |= {one.name: one.run for one in getattr(launch, name)(*arguments)}
+    ways |= {} if parts is None else {"parts": parts}
     return choose(name, arguments, {**ways, "twin": twin})()
 
 
