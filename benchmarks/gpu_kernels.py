@@ -80,20 +80,28 @@ def few_cases(dtype):
 
 
 def full_cases(dtype):
-    """Channels a group 4 to 64, height and width 1 to 33, batch 1 to 5."""
+    """Channels a group 4 to 64, height and width 1 to 33, batch 1 to 5: all sizes by all channels, kinds in rotation."""
     sizes = [(1, 1, 1), (2, 33, 3), (3, 7, 7), (5, 2, 9), (1, 14, 33)]
     channels = [4, 6, 8, 12, 16, 24, 32, 48, 64]
-    acts, operands = itertools.cycle(["none", "relu", "hard_swish"]), itertools.cycle(itertools.product([0, 1], [0, 1]))
+    acts = itertools.cycle(["none", "relu", "hard_swish"])
+    operands = itertools.cycle(itertools.product([False, True], [False, True]))
+    kinds = itertools.cycle(
+        [(1, 1, 3, 2), (3, 1, 2, 1), (3, 2, 5, 1), (1, 2, 1, 1)]
+    )  # kernel, stride, groups, narrowing
+    turns = itertools.count()
     cases = []
     for (batch, height, width), size in itertools.product(sizes, channels):
-        for kernel, stride, groups, ratio in ((1, 1, 3, 2), (3, 1, 2, 1), (3, 2, 5, 1), (1, 2, 1, 1)):
-            shape = (batch, height, width, size * ratio, size, groups, kernel, stride)
-            cases.append(conv_case(*shape, next(acts), next(operands), dtype))
+        kernel, stride, groups, ratio = next(kinds)
+        shape = (batch, height, width, size * ratio, size, groups, kernel, stride)
+        cases.append(conv_case(*shape, next(acts), next(operands), dtype))
     for (batch, height, width), size in itertools.product(sizes, (4, 8, 12, 16, 32, 64)):
-        groups = (8, 4, 2) if size < 32 else (6, 3)
-        cases.append(chain_case(batch, height, width, size, groups, dtype))
-        cases.append(level_case(batch, height, width, size, size, 3, size != 16, False, size == 8, dtype))
-        cases.append(level_case(batch, height, width, 2 * size, size // 2, 2, size != 12, True, size > 8, dtype))
+        base, turn = (batch, height, width), next(turns)
+        if turn % 3 == 0:
+            cases.append(chain_case(*base, size, (8, 4, 2) if size < 32 else (6, 3), dtype))
+        elif turn % 3 == 1:
+            cases.append(level_case(*base, size, size, 3, size != 16, False, size == 8, dtype))
+        else:
+            cases.append(level_case(*base, 2 * size, size // 2, 2, size != 12, True, size > 8, dtype))
     return cases
 
 
@@ -195,8 +203,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     began, full = time.perf_counter(), "full" in (args.interpret, args.compile)
-    types = (torch.float32, torch.bfloat16)
     if args.interpret:
+        types = (torch.float32, torch.bfloat16)
         found = interpret(case for t in types for case in (full_cases if full else few_cases)(t))
         seeds = [0]
         metrics = {name: [error] for name, error in found.items()}
@@ -208,8 +216,8 @@ def main() -> None:
         ]
         extra, data = {}, "random features and weights, float32 and bfloat16, against twins in float64"
     else:
-        types = types if full else types[1:]
-        rows = compile_all((case for t in types for case in real_cases(t, full)), CAPABILITIES)
+        half = real_cases(torch.bfloat16, full)
+        rows = compile_all([*half, *(real_cases(torch.float32, False) if full else [])], CAPABILITIES)
         seeds, metrics = [0], {"programs": [float(len(rows))]}
         notes = ["compiled ahead of time, not run; stack_bytes are spilled registers of a thread"]
         extra, data = {"programs": rows}, "shapes of MGIC-ResNet-18, -50 and wide -50, batch 256"

@@ -416,7 +416,7 @@ def test_a_block_that_others_read_is_not_swallowed():
             self.block, self.other, self.reveal = mgic.BasicBlock(8, 2), nn.Conv2d(8, 8, 1), reveal
 
         def forward(self, x):
-            b = self.block
+            b, early = self.block, self.other(x)
             inner = b.act1(b.norm1(b.conv1(x)))
             y = b.act2(b.norm2(b.conv2(inner)) + x)
             return (y, inner) if self.reveal else y - early
