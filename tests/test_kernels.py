@@ -136,6 +136,28 @@ def test_the_operations_return_channels_last_and_equal_their_twins():
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_on_a_gpu_every_tiling_its_parts_and_the_twin_compete(monkeypatch):
+    """Here without one: what would be timed is looked at instead; a group too wide for the chip has its parts and the twin."""
+    offered = {}
+
+    def choose(name, arguments, ways):
+        offered[name] = list(ways)
+        return ways["twin"]
+
+    monkeypatch.setattr(ops, "choose", choose)
+    ops._fastest("level", LEVEL, lambda: (naive_level(*LEVEL),), lambda: (ops.level_by_operations(*LEVEL),))
+    assert [name.split()[0] for name in offered["level"]] == ["level"] * 4 + ["parts", "twin"]
+    torch.testing.assert_close(ops.level_by_operations(*LEVEL), naive_level(*LEVEL))
+    x, coarse, weights, biases, *rest = LEVEL
+    torch.testing.assert_close(
+        ops.level_by_operations(x, None, weights[1:], biases[1:], *rest),
+        naive_level(x, None, weights[1:], biases[1:], *rest),
+    )
+    wide = (few(1, 512, 2, 2), None, [weight(512, 256, 3)] * 2, [torch.zeros(512)] * 2, 2, "relu", False)
+    ops._fastest("level", wide, lambda: (naive_level(*wide),), lambda: (ops.level_by_operations(*wide),))
+    assert offered["level"] == ["parts", "twin"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -212,6 +234,19 @@ def test_the_fastest_way_that_is_right_is_chosen():
     assert found == "quick"
     assert len(seen) == 2
     assert choices.measure({"quick": quick, "twin": good}, Clock(good=1.0, quick=2.0)) == "twin"
+
+
+def test_a_tiling_that_writes_nothing_does_not_pass_with_the_results_of_another():
+    shared = torch.empty(3)
+
+    def writes():
+        return (shared.fill_(1.0),)
+
+    def idle():
+        return (shared,)
+
+    with pytest.warns(UserWarning, match="idle differs from its twin"):
+        choices.measure({"writes": writes, "idle": idle, "twin": good}, Clock(writes=1.0, idle=0.1, good=2.0))
 
 
 @pytest.fixture

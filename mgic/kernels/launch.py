@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from . import tiles
 
@@ -52,8 +53,15 @@ class Launch:
     results: tuple[Tensor, ...]
 
     def run(self) -> tuple[Tensor, ...]:
-        """Run it; return what it wrote."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        """Run it; return what it wrote.
+
+        Raises:
+            RuntimeError: The GPU has no room for this tiling, or Triton cannot compile it.
+        """
+        try:
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        except TritonError as error:
+            raise RuntimeError(f"{self.name}: {error}") from error
         return self.results
 
     def compile(self, capability: int) -> Any:

@@ -236,7 +236,7 @@ def level_by_operations(
     y = z
     for conv in convs[:-1]:
         y = grouped_conv(y, *conv, groups, 1, act)
-    return grouped_conv(y, *convs[-1], groups, 1, act, z, x if change else None, -1.0)
+    return grouped_conv(y, *convs[-1], groups, 1, act, z, x if change else None, -1.0)  # type: ignore[no-any-return]
 
 
 def _fastest(
@@ -253,7 +253,8 @@ def _fastest(
     ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     ways |= {one.name: one.run for one in getattr(launch, name)(*arguments)}
     ways |= {} if parts is None else {"parts": parts}
-    return choose(name, arguments, {**ways, "twin": twin})()
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        return choose(name, arguments, {**ways, "twin": twin})()
 
 
 def _check(x: Tensor, weight: Tensor, groups: int, stride: int, act: str) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..kernels import ACTIVATIONS, grouped_conv, level, restriction_chain
 from .capture import EngineUnavailable, capture
-from .ops import Activation, Combine, Convolution, Op, Program, Step, TorchCall
+from .ops import Activation, Combine, Convolution, Op, Program, Step
 from .paths import _BROKEN, Path, PathUnavailable, Run, _reasons, eager, eager_channels_last
 
 LONGEST_CHAIN = 3
@@ -242,7 +242,7 @@ def _kernel(op: Op) -> int:
 def _groups(op: Op, *kernels: int, strides: tuple[int, ...] = (1,)) -> int:
     """Groups of a convolution the kernels can do; 0 for any other op."""
     conv = op.compute
-    if not isinstance(conv, Convolution) or isinstance(conv, TorchCall):
+    if not isinstance(conv, Convolution):
         return 0
     size = tuple(conv.weight.shape[2:])
     known = (
