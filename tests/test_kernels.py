@@ -137,7 +137,7 @@ def test_the_operations_return_channels_last_and_equal_their_twins():
 
 
 def test_on_a_gpu_every_tiling_its_parts_and_the_twin_compete(monkeypatch):
-    """Here without one: what would be timed is looked at instead; a group too wide for the chip has its parts and the twin."""
+    """Without one: what would be timed is looked at instead. A group too wide for the chip has its parts and the twin."""
     offered = {}
 
     def choose(name, arguments, ways):
@@ -148,7 +148,7 @@ def test_on_a_gpu_every_tiling_its_parts_and_the_twin_compete(monkeypatch):
     ops._fastest("level", LEVEL, lambda: (naive_level(*LEVEL),), lambda: (ops.level_by_operations(*LEVEL),))
     assert [name.split()[0] for name in offered["level"]] == ["level"] * 4 + ["parts", "twin"]
     torch.testing.assert_close(ops.level_by_operations(*LEVEL), naive_level(*LEVEL))
-    x, coarse, weights, biases, *rest = LEVEL
+    x, _, weights, biases, *rest = LEVEL
     torch.testing.assert_close(
         ops.level_by_operations(x, None, weights[1:], biases[1:], *rest),
         naive_level(x, None, weights[1:], biases[1:], *rest),

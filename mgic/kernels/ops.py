@@ -253,7 +253,8 @@ def _fastest(
     ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     ways |= {one.name: one.run for one in getattr(launch, name)(*arguments)}
     ways |= {} if parts is None else {"parts": parts}
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+    # Triton launches on the current device
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
         return choose(name, arguments, {**ways, "twin": twin})()
 
 
