@@ -9,6 +9,8 @@ import argparse
 import shlex
 import sys
 
+import torch
+
 import mgic
 from mgic.kernels.floors import H200, macs, moved, network_floors, seconds
 from mgic.training import make_record, write_record
@@ -27,7 +29,8 @@ def rows():
     """One row a network and group size: bytes, multiply-adds, milliseconds and ratios to the dense blocks."""
     for title, (name, arguments) in NETWORKS.items():
         for group_size, coarsest in GROUPS:
-            model = mgic.create_model(name, group_size=group_size, coarsest=coarsest, **arguments)
+            with torch.device("meta"):
+                model = mgic.create_model(name, group_size=group_size, coarsest=coarsest, **arguments)
             floors = network_floors(model, (3, 224, 224), BATCH)
             depths = {d: getattr(floors, d) for d in ("dense", "operation", "level", "block")}
             dense = seconds(floors.dense, H200)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import mgic
 from mgic.benchmarking import Network
 from mgic.training import RECIPES, read_record
 
@@ -64,11 +65,11 @@ def test_the_queue_checks_before_it_trains_and_trains_before_it_measures():
 
 
 def test_every_network_of_the_benchmark_can_be_built_and_is_cheaper_than_its_peer():
-    for name, dense, ours in gpu.pairs():
-        if name.endswith("sg8") and "x4" not in name:
+    for name, dense, ours in list(gpu.pairs())[2::3]:  # s_g = 8
+        with torch.device("meta"):
             (a, size), (b, other) = dense.build(), ours.build()
-            assert size == other
-            assert sum(p.numel() for p in b.parameters()) < sum(p.numel() for p in a.parameters()), name
+        assert size == other
+        assert mgic.cost(b, size).macs < mgic.cost(a, size).macs, name
 
 
 def test_without_a_gpu_it_is_one_line(tmp_path):

@@ -336,7 +336,8 @@ def test_the_floors_are_those_of_the_estimate():
     ],
 )
 def test_the_floors_of_networks_are_those_of_the_estimate(name, width, group_size, coarsest, milliseconds, ratios):
-    model = mgic.create_model(name, width=width, group_size=group_size, coarsest=coarsest)
+    with torch.device("meta"):
+        model = mgic.create_model(name, width=width, group_size=group_size, coarsest=coarsest)
     found = network_floors(model, (3, 224, 224), 256)
     dense = seconds(found.dense, H200)
     assert 1e3 * dense == pytest.approx(milliseconds, abs=0.005)
