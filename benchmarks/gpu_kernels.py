@@ -201,8 +201,9 @@ def main() -> None:
     torch.set_num_threads(1)
     began, full = time.perf_counter(), "full" in (args.interpret, args.compile)
     if args.interpret:
-        types = (torch.float32, torch.bfloat16)
-        found = interpret(case for t in types for case in (full_cases if full else few_cases)(t))
+        both = [(full_cases if full else few_cases)(t) for t in (torch.float32, torch.bfloat16)]
+        turns = zip(itertools.count(), *both, strict=False)  # in full, four cases in one type, four in the other
+        found = interpret([pair[i // 4 % 2] for i, *pair in turns] if full else itertools.chain(*both))
         seeds = [0]
         metrics = {name: [error] for name, error in found.items()}
         notes = [

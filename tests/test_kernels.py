@@ -429,7 +429,7 @@ class Steps(nn.Module):
         y = torch.relu(b(y)) * torch.sigmoid(y.mean((2, 3), keepdim=True))  # a number a channel
         y = torch.relu(x - c(y))  # subtracted from
         y = torch.tanh(d(y) + x) - y  # an unknown activation
-        y = torch.relu(torch.relu(e(y) + x) * self.scale[:, None, None])  # two activations, a norm between
+        y = torch.relu(torch.relu(e(y) + x) - x + y) * self.scale[:, None, None]  # too much of everything
         z = torch.relu(f(y) - x)  # subtracted before the activation
         return z, y
 
