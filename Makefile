@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check unit docs clean
+.PHONY: help demo test check unit docs gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    everything CI checks: format, lint, types, tests, doctests, README, docs"
 	@echo "make check   format, lint and types only (seconds)"
 	@echo "make unit    tests and doctests only"
+	@echo "make gpu     what needs a GPU: checks, training, benchmarks; CIFAR10=cifar10.npz for the training"
 	@echo "make docs    build the documentation into site/"
 
 # Installed anew when the dependencies change. The versions tried are in docs/install.md.
@@ -37,6 +38,10 @@ unit: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+# Steps that have a record in results/ are skipped; given again until none is open, this does the whole queue.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 test: check docs unit
 

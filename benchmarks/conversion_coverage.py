@@ -20,8 +20,9 @@ import torch
 import torchvision
 from torch import nn
 
-from mgic.conversion import Conversion, convert, input_size_of
+from mgic.conversion import convert
 from mgic.counting import cost
+from mgic.surgery import Conversion, input_size_of
 from mgic.training.records import make_record, write_record
 
 CONVERSION = Conversion(group_size=32, coarsest=32)

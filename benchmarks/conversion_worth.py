@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from mgic import accelerate, cost, create_model
-from mgic.conversion import Conversion, convert
+from mgic.conversion import convert
 from mgic.data import load_data
 from mgic.fitting import warm_start_
+from mgic.surgery import Conversion
 from mgic.training import RECIPES, evaluate, make_record, train, write_record
 from mgic.training.checkpoint import load_network
 

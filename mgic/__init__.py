@@ -43,11 +43,11 @@ _HOMES = {
     "ResidualOnly": "smoothing",
     "create_model": "models",
     "list_models": "models",
-    "Conversion": "conversion",
-    "Report": "conversion",
+    "Conversion": "surgery",
+    "Report": "surgery",
     "convert": "conversion",
     "convert_": "conversion",
-    "rebuild_": "conversion",
+    "rebuild_": "surgery",
     "Fit": "fitting",
     "fit_convolution_": "fitting",
     "warm_start_": "fitting",
@@ -69,11 +69,8 @@ if TYPE_CHECKING:
     from .blocks import LinearBlock as LinearBlock
     from .blocks import PreActBasicBlock as PreActBasicBlock
     from .blocks import PreActBottleneck as PreActBottleneck
-    from .conversion import Conversion as Conversion
-    from .conversion import Report as Report
     from .conversion import convert as convert
     from .conversion import convert_ as convert_
-    from .conversion import rebuild_ as rebuild_
     from .counting import Cost as Cost
     from .counting import Memory as Memory
     from .counting import cost as cost
@@ -107,6 +104,9 @@ if TYPE_CHECKING:
     from .smoothing import Smoothing as Smoothing
     from .smoothing import SmoothingInChannels as SmoothingInChannels
     from .smoothing import SmoothingStep as SmoothingStep
+    from .surgery import Conversion as Conversion
+    from .surgery import Report as Report
+    from .surgery import rebuild_ as rebuild_
     from .transfer import Prolongation as Prolongation
     from .transfer import Restriction as Restriction
     from .transfer import averaging_pair as averaging_pair

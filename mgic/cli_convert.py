@@ -13,8 +13,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .conversion import Report
     from .fitting import Fit
+    from .surgery import Report
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
   mgic convert timm_or_own_name --target_macs 1e9 --out converted
@@ -61,9 +61,10 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
     from rich.console import Console
 
-    from .conversion import Conversion, convert
+    from .conversion import convert
     from .converted import Converted, save_converted
     from .reporting import conversion_table
+    from .surgery import Conversion
     from .training.checkpoint import check_writable
 
     if args.out is None and not args.dry_run:

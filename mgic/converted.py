@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from .conversion import Report
 from .errors import UserError
 from .models import create_model
 from .reporting import conversion_page
+from .surgery import Report
 from .training.checkpoint import fit_weights, load_weights, save_weights, write_json, write_text
 
 SCHEMA = 1

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .conversion import Report, Row
     from .scaling import ScalingRow
+    from .surgery import Report, Row
     from .tables import Panel
 
 History = Sequence[Mapping[str, float]]

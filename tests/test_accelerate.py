@@ -313,9 +313,12 @@ def test_a_new_shape_may_come_from_several_threads_at_once(network):
         ({"paths": {}}, "paths must not be empty"),
         ({"paths": []}, "paths must not be empty"),
         ({"paths": ["eager", "egine"]}, "no path 'egine'; did you mean engine"),
-        ({"example_input": torch.zeros(SIZE, dtype=torch.int64)}, "float32 batch, got .* torch.int64"),
-        ({"example_input": torch.zeros(0, 3, 4, 4)}, r"float32 batch, got \(0, 3, 4, 4\)"),
-        ({"example_input": torch.zeros(SIZE, device="meta")}, "tensors on meta"),
+        (
+            {"example_input": torch.zeros(SIZE, dtype=torch.int64)},
+            "on cpu example_input must be float32, got torch.int64",
+        ),
+        ({"example_input": torch.zeros(0, 3, 4, 4)}, r"not be empty, got a batch of \(0, 3, 4, 4\)"),
+        ({"example_input": torch.zeros(SIZE, device="meta")}, "input is on meta, but there are weights on cpu"),
     ],
 )
 def test_accelerate_refuses_what_makes_no_sense(network, change, message):

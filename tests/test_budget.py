@@ -8,18 +8,18 @@ import torch
 import torchvision
 from torch import nn
 
-from mgic.budget import COARSEST, GROUP_SIZES, _choose
-from mgic.conversion import Conversion, convert, convert_
+from mgic.conversion import COARSEST, GROUP_SIZES, _choose, convert, convert_
 from mgic.counting import cost
 from mgic.errors import UserError
+from mgic.surgery import Conversion
 
 SIZE = (3, 64, 64)
 
 
 @pytest.fixture(autouse=True)
 def few_settings(monkeypatch):
-    monkeypatch.setattr("mgic.budget.GROUP_SIZES", (32, 8))
-    monkeypatch.setattr("mgic.budget.COARSEST", (64, 16))
+    monkeypatch.setattr("mgic.conversion.GROUP_SIZES", (32, 8))
+    monkeypatch.setattr("mgic.conversion.COARSEST", (64, 16))
 
 
 @pytest.mark.parametrize("unit", ["params", "macs"])

@@ -11,11 +11,12 @@ from torch import nn
 
 import mgic
 from mgic.blocks import BasicBlock
-from mgic.conversion import Conversion, Report, convert, convert_, is_residual, narrowed, rebuild_
+from mgic.conversion import convert, convert_
 from mgic.counting import cost, count_trainable
 from mgic.cycle import MGICBlock, MGICConv, MGICLinear
 from mgic.errors import ChannelConfigError, UserError
 from mgic.hierarchy import BASIC, BOTTLENECK, count_macs, count_params, plan_levels
+from mgic.surgery import Conversion, Report, is_residual, narrowed, rebuild_
 
 NARROW = Conversion(group_size=4, coarsest=8)
 

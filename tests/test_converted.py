@@ -8,10 +8,11 @@ import torch
 from test_cli import call, run_folder, tiny  # noqa: F401  (fixtures)
 
 import mgic
-from mgic.conversion import Conversion, convert
+from mgic.conversion import convert
 from mgic.converted import Converted, load_converted, save_converted
 from mgic.errors import UserError
 from mgic.reporting import conversion_page
+from mgic.surgery import Conversion
 from mgic.training.checkpoint import CorruptCheckpoint
 
 ARGUMENTS = {"width": 0.5, "num_classes": 3}

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from mgic.blocks import BasicBlock
-from mgic.conversion import Conversion, convert
+from mgic.conversion import convert
 from mgic.cycle import MGICConv
 from mgic.errors import UserError
 from mgic.fitting import fit_convolution_, warm_start_
+from mgic.surgery import Conversion
 
 
 def moments(channels):

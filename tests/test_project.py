@@ -13,12 +13,14 @@ from mgic.cli import main
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # left to right; a file imports from the left of its own place only
-    {"errors", "hierarchy"},
+    {"errors", "hierarchy", "cache"},
     {"transfer"},
     {"blocks"},
     {"cycle", "smoothing", "counting", "representation"},
+    {"kernels"},
     {"runtime"},
-    {"conversion", "fitting", "budget"},
+    {"surgery"},
+    {"conversion", "fitting"},
     {"models", "data"},
     {"scaling", "tables"},
     {"training", "reporting"},

@@ -95,9 +95,10 @@ def _torchvision(name: str, overrides: Mapping[str, Any]) -> nn.Module:
 
 def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
     """Convert by rule, or exactly as a report says."""
-    from ..conversion import Conversion, convert_, rebuild_
+    from ..surgery import Conversion, apply_, rebuild_
 
     if "layers" in conversion:
         return rebuild_(model, conversion["layers"])
-    convert_(model, Conversion.from_dict(conversion))
+    settings = Conversion.from_dict(conversion)
+    apply_(model, lambda name: settings)
     return model

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, suggest
+from .gpu import GPU_PATHS
 from .paths import PATHS, Path, PathUnavailable, Run, eager, relative_error
 
 SHAPES_KEPT = 8
 """Other input shapes that an accelerated network keeps ready, the least recently used one given up first."""
+
+TOLERANCES = {
+    ("cpu", torch.float32): 1e-4,
+    ("cuda", torch.float32): 5e-3,  # PyTorch's convolutions use TensorFloat-32: ten bits of mantissa
+    ("cuda", torch.float16): 2e-2,
+    ("cuda", torch.bfloat16): 5e-2,  # seven bits, rounded after each kernel, and fused kernels round less often
+}
+"""Device and type of inputs -> largest relative difference from eager PyTorch, by default."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,17 @@ class PathResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Every path that was tried for an input of shape ``input_size``, on so many threads, in the order given."""
+    """Every path that was tried for an input of this shape, device and type, on so many threads, in the order given."""
 
     results: tuple[PathResult, ...]
     input_size: tuple[int, ...]
     threads: int
+    device: torch.device
+    dtype: torch.dtype
 
     def __str__(self) -> str:
-        lines = [f"input {'x'.join(map(str, self.input_size))}, {self.threads} thread(s)"]
+        on = f"{self.threads} thread(s)" if self.device.type == "cpu" else f"{self.dtype} on {self.device}"
+        lines = [f"input {'x'.join(map(str, self.input_size))}, {on.removeprefix('torch.')}"]
         for one in self.results:
             time_ = "" if one.milliseconds is None else f"{one.milliseconds:.3f} ms"
             error = "" if one.error is None else f"error {one.error:.1e}"
@@ -59,7 +71,7 @@ class Accelerated(nn.Module):
 
     It has no parameters: its paths hold copies of the network's weights as they were. For an input of another shape the
     path is built again and checked again, which takes as long as it took the first time; the last `SHAPES_KEPT` shapes are
-    kept. Where that fails, and for empty inputs, types other than float32 and inputs that need gradients, eager PyTorch runs.
+    kept. Where that fails, and for empty inputs, other types or devices and inputs that need gradients, eager PyTorch runs.
 
     Args:
         network: The network in eval mode, for the cases that are eager PyTorch's.
@@ -75,7 +87,7 @@ class Accelerated(nn.Module):
         self._run, self._build, self._building = run, build, threading.Lock()
         self._run_for = lru_cache(SHAPES_KEPT)(self._built)
         self._network: Run = network.__call__  # not a submodule: no weight here that training or loading could reach
-        self._eager = eager(network, torch.empty(report.input_size), report.threads)
+        self._eager = eager(network, torch.empty(report.input_size), report.threads)  # the example plays no part
         self.training = False
 
     def train(self, mode: bool = True) -> "Accelerated":
@@ -90,7 +102,7 @@ class Accelerated(nn.Module):
         """Return what the network returns for ``x``."""
         if x.requires_grad and torch.is_grad_enabled():
             return self._network(x)
-        if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        if x.dtype != self.report.dtype or x.device != self.report.device or not x.numel():
             return self._eager(x)
         run = self._run if x.shape == self.report.input_size else self._run_for(x.shape)
         return run(x)
@@ -98,7 +110,7 @@ class Accelerated(nn.Module):
     def _built(self, size: torch.Size) -> Run:
         with self._building:  # exporters and compilers are not made for concurrent calls
             try:
-                return self._build(torch.randn(size))
+                return self._build(torch.randn(size, device=self.report.device).to(self.report.dtype))
             except PathUnavailable as error:
                 warnings.warn(f"eager PyTorch runs inputs of {tuple(size)}: {error}", stacklevel=4)
                 return self._eager
@@ -113,11 +125,11 @@ def accelerate(
     example_input: Tensor,
     *,
     threads: int | None = None,
-    paths: Iterable[str] | Mapping[str, Path] = PATHS,
-    tolerance: float = 1e-4,
+    paths: Iterable[str] | Mapping[str, Path] | None = None,
+    tolerance: float | None = None,
     rounds: int = 9,
 ) -> Accelerated:
-    """Return the fastest correct way to run a network on this CPU, with a report on every way tried.
+    """Return the fastest correct way to run a network where it is, with a report on every way tried.
 
     Every path is built for a copy of the network in eval mode, held against eager PyTorch on the example and on random
     numbers, and timed: round after round each path is called once, after a call that warms it up. What is not installed,
@@ -126,10 +138,11 @@ def accelerate(
 
     Args:
         model: The network; it is left as it is, and later changes of its weights do not reach the result.
-        example_input: One input batch, float32, on the CPU.
+        example_input: One input batch, on the network's device; float32, on a CUDA device also bfloat16 or float16.
         threads: CPU threads; as many as PyTorch uses by default.
-        paths: The ways to try: names among ``mgic.runtime.paths.PATHS``, or functions of your own by name.
-        tolerance: Largest relative difference from eager PyTorch.
+        paths: The ways to try: names among ``mgic.runtime.paths.PATHS`` (on a CUDA device ``mgic.runtime.gpu.GPU_PATHS``),
+            or functions of your own by name. All by default.
+        tolerance: Largest relative difference from eager PyTorch; `TOLERANCES` by default.
         rounds: Timed calls of each path.
 
     Raises:
@@ -141,8 +154,10 @@ def accelerate(
         ('eager', torch.Size([2, 8, 7, 7]))
     """
     threads = torch.get_num_threads() if threads is None else threads
-    paths = _by_name(paths)
+    known = GPU_PATHS if example_input.is_cuda else PATHS
+    paths = known if paths is None else _by_name(paths, known)
     _check(model, example_input, threads, rounds, paths)
+    limit = TOLERANCES[example_input.device.type, example_input.dtype] if tolerance is None else tolerance
     network = copy.deepcopy(model).eval()
     example = example_input.detach().clone()
     reference = eager(network, example, threads)
@@ -159,7 +174,7 @@ def accelerate(
         except PathUnavailable as reason:
             results[name] = PathResult(name, reason=str(reason))
             continue
-        wrong = None if error <= tolerance else f"not equal to eager within {tolerance:g}"
+        wrong = None if error <= limit else f"not equal to eager within {limit:g}"
         results[name] = PathResult(name, None, error, wrong)
         if wrong is None:
             runs[name] = run
@@ -172,11 +187,11 @@ def accelerate(
 
     def rebuild(x: Tensor) -> Run:
         run, error = checked(paths.get(best, eager), [x])
-        if error > tolerance:
-            raise PathUnavailable(f"{best} differs from eager by {error:.1e}, more than {tolerance:g}")
+        if error > limit:
+            raise PathUnavailable(f"{best} differs from eager by {error:.1e}, more than {limit:g}")
         return run
 
-    report = Report(tuple(results.values()), tuple(example.shape), threads)
+    report = Report(tuple(results.values()), tuple(example.shape), threads, example.device, example.dtype)
     return Accelerated(network, best, runs[best], rebuild, report)
 
 
@@ -186,27 +201,40 @@ def _interleaved(runs: Mapping[str, Run], x: Tensor, rounds: int) -> dict[str, l
     for _ in range(rounds):
         for name, run in runs.items():
             run(x)
+            _wait(x)
             began = time.perf_counter()
             run(x)
+            _wait(x)
             seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def _by_name(paths: Iterable[str] | Mapping[str, Path]) -> Mapping[str, Path]:
+def _wait(x: Tensor) -> None:
+    """Wait for the GPU, if ``x`` is on one: calls return before their work is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _by_name(paths: Iterable[str] | Mapping[str, Path], known: Mapping[str, Path]) -> Mapping[str, Path]:
     if isinstance(paths, Mapping):
         return paths
     names = [paths] if isinstance(paths, str) else list(paths)
     for name in names:
-        if name not in PATHS:
-            raise UserError(f"there is no path {name!r}{suggest(name, PATHS)}")
-    return {name: PATHS[name] for name in names}
+        if name not in known:
+            raise UserError(f"there is no path {name!r}{suggest(name, known)}")
+    return {name: known[name] for name in names}
 
 
 def _check(model: nn.Module, example: Tensor, threads: int, rounds: int, paths: Mapping[str, Path]) -> None:
     if threads < 1 or rounds < 1 or not paths:
         raise UserError(f"threads={threads} and rounds={rounds} must be positive, and paths must not be empty")
-    if example.dtype != torch.float32 or not example.numel():
-        raise UserError(f"example_input must be a float32 batch, got {tuple(example.shape)} of {example.dtype}")
-    elsewhere = {str(t.device) for t in (example, *model.parameters(), *model.buffers()) if t.device.type != "cpu"}
+    if not example.numel():
+        raise UserError(f"example_input must not be empty, got a batch of {tuple(example.shape)}")
+    elsewhere = {str(t.device) for t in (example, *model.parameters(), *model.buffers()) if t.device != example.device}
     if elsewhere:
-        raise UserError(f"accelerate is for the CPU, but there are tensors on {', '.join(sorted(elsewhere))}")
+        raise UserError(f"the input is on {example.device}, but there are weights on {', '.join(sorted(elsewhere))}")
+    dtypes = [str(dtype).removeprefix("torch.") for device, dtype in TOLERANCES if device == example.device.type]
+    if not dtypes:
+        raise UserError(f"accelerate is for the CPU and CUDA devices, the input is on {example.device}")
+    if (example.device.type, example.dtype) not in TOLERANCES:
+        raise UserError(f"on {example.device} example_input must be {' or '.join(dtypes)}, got {example.dtype}")

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ..cache import cache_folder
 from .capture import EngineUnavailable
 
 SOURCE = Path(__file__).with_name("engine.cpp")
@@ -74,14 +75,6 @@ def compiler() -> str:
     raise EngineUnavailable(
         f"no C++ compiler was found ({', '.join(candidates)}); install one (g++ or clang++) or set CXX"
     )
-
-
-def cache_folder() -> Path:
-    """Return where libraries are kept: ``MGIC_CACHE``, or ``mgic`` in the user's cache folder."""
-    base = os.environ.get("MGIC_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mgic"
 
 
 def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:

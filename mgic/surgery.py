@@ -1,0 +1,873 @@
+"""Layers replaced in an existing network: residual blocks whole, other convolutions one by one.
+
+Nothing is known about the network but what running it on torch's meta device shows (shapes, calls, multiply-adds) and what
+its blocks' programs show (`torch.fx`). A residual block of equal input and output shape becomes an `MGICBlock` whose levels
+are copies of the block itself, narrower and in groups; any other wide convolution becomes an `MGICConv`. Every layer is
+reported: replaced, or kept and why.
+"""
+
+import copy
+import json
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, DropPath
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .counting import Cost, count_trainable
+from .cycle import AdditiveChannelChange, MGICBlock, MGICConv, MGICLinear
+from .errors import ChannelConfigError, UserError
+from .hierarchy import Level, plan_levels
+from .smoothing import Smoothing
+
+SCHEMA = 1
+Where = Callable[[str, nn.Module], bool]
+"""``(name, module) -> bool``: whether a block or a layer may be replaced."""
+
+_BY_CHOICE = "dense by choice"
+_BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
+"""What a network raises that is run or traced in a way its author did not think of."""
+_MULTIGRID = (MGICBlock, MGICConv, MGICLinear, AdditiveChannelChange, Smoothing)
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How wide layers are replaced.
+
+    Args:
+        group_size: Channels per group on the finest level (``s_g``).
+        coarsest: Width at which to stop coarsening (``s_c``); narrower layers are kept.
+        blocks: Replace residual blocks whole, as in the papers; otherwise each convolution apart, which can be fitted to
+            trained weights more closely (`mgic.warm_start_`).
+        linear: Replace wide linear layers too, but the classifier.
+    """
+
+    group_size: int = 32
+    coarsest: int = 64
+    blocks: bool = True
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "coarsest"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ChannelConfigError(f"conversion: {name} must be a positive integer, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Conversion":
+        """Read plain values; unknown names are errors."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"conversion has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one layer, or of one block with all that is in it.
+
+    Args:
+        name: Path of the module in the network.
+        kind: Its class.
+        action: ``block``, ``conv`` or ``linear`` where it was replaced, ``kept`` where not.
+        reason: Why it was kept; of a replaced layer, what else is to be said.
+        params: Trainable parameters before.
+        macs: Multiply-adds of one input before.
+        params_after: The same afterwards.
+        macs_after: The same afterwards.
+        group_size: ``s_g`` asked for; 0 where it was kept.
+        coarsest: ``s_c`` asked for; 0 where it was kept.
+        widths: Channels of the levels, finest first.
+        effective: Channels per group there.
+        pooled: Names, in a replaced block, of the convolutions on one pixel (attention), which stay dense on every level.
+    """
+
+    name: str
+    kind: str
+    action: str
+    reason: str
+    params: int
+    macs: int
+    params_after: int
+    macs_after: int
+    group_size: int = 0
+    coarsest: int = 0
+    widths: tuple[int, ...] = ()
+    effective: tuple[int, ...] = ()
+    pooled: tuple[str, ...] = ()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer is another one now."""
+        return self.action != "kept"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every layer of a converted network, and what it cost before and after.
+
+    Args:
+        model: Class of the network, or the name it was built by.
+        rows: The layers in the order of the network.
+        before: Cost of the network before.
+        after: Cost afterwards.
+        notes: What the converted network keeps that the papers' networks have not, and what else is to be said.
+        budget: What was asked for, predicted and measured, where a target was given.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    before: Cost
+    after: Cost
+    notes: tuple[str, ...] = ()
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What to replace and how: with the name of the network all that is needed to build it again."""
+        return [
+            {name: getattr(row, name) for name in ("name", "action", "group_size", "coarsest", "pooled")}
+            for row in self.rows
+            if row.replaced
+        ]
+
+    def __str__(self) -> str:
+        replaced = sum(row.replaced for row in self.rows)
+        lines = [
+            f"{self.model}: {replaced} of {len(self.rows)} layers and blocks replaced",
+            f"before {self.before}",
+            f"after  {self.after}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        """The report as JSON, with a schema version."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "conversion") -> "Report":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: The text is no report, or of another schema version.
+        """
+        try:
+            values = json.loads(text)
+            if values.get("schema") != SCHEMA:
+                raise UserError(f"{source}: conversion of schema {values.get('schema')!r}; this mgic reads {SCHEMA}")
+            rows = tuple(
+                Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})  # type: ignore[arg-type]
+                for row in values["rows"]
+            )
+            before, after = (
+                Cost(**{**values[key], "input_size": tuple(values[key]["input_size"])}) for key in ("before", "after")
+            )
+            return cls(values["model"], rows, before, after, tuple(values["notes"]), values["budget"])
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{source}: not the report of a conversion ({type(error).__name__}: {error})") from error
+
+
+def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """Replace exactly the layers of a report (`Report.layers`) in a network built anew, and return it.
+
+    Raises:
+        UserError: The network has no such layer, or it cannot be replaced as the report says.
+    """
+    modules = dict(model.named_modules())
+    for layer in layers:
+        try:
+            name, action = str(layer["name"]), str(layer["action"])
+            settings = int(layer["group_size"]), int(layer["coarsest"])
+            row = Row(name, "", action, "", 0, 0, 0, 0, *settings, pooled=tuple(map(str, layer.get("pooled", ()))))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"conversion: a layer has name, action, group_size and coarsest, got {layer!r}") from error
+        if name not in modules:
+            raise UserError(f"conversion: the network has no layer {name!r}; is it the network that was converted?")
+        if action not in _MAKERS:
+            raise UserError(f"conversion: {name} has action {action!r}; known: {', '.join(_MAKERS)}")
+        try:
+            model = _put(model, name, made(row, modules[name]))
+        except _Kept as reason:
+            raise UserError(f"conversion: {name} cannot be replaced: {reason}") from reason
+    return model
+
+
+def made(row: Row, old: nn.Module) -> nn.Module:
+    """Make what stands in for a module as a row says, on its device, of its type and in its mode."""
+    like = next(old.parameters())
+    new = _MAKERS[row.action](old, row.group_size, row.coarsest, row.pooled)
+    return new.to(like.device, like.dtype).train(old.training)
+
+
+def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
+    """Return the rows of a conversion that nobody has run: `apply_` knows of layers that cannot be replaced after all."""
+    planner = _Planner(survey, choose, where or (lambda name, module: True))
+    planner.visit_all()
+    return planner.rows
+
+
+class _Kept(UserError):  # noqa: N818  (a reason, as a rule)
+    """Why a layer is not replaced."""
+
+
+def apply_(
+    model: nn.Module,
+    choose: Callable[[str], Conversion | None],
+    where: Where | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    input_size: Sequence[int] | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Convert with settings that may differ from layer to layer; arguments else as of `mgic.convert_`.
+
+    Args:
+        model: Any network.
+        choose: Settings for the layer or block of a name; None to keep it.
+        where: Whether a block or layer may be replaced.
+        optimizer: Refused if it holds parameters that would be replaced.
+        input_size: Size of one input without the batch.
+        dry_run: Only report.
+    """
+    refuse(model)
+    size = input_size_of(model) if input_size is None else tuple(input_size)
+    survey = Survey(model, size)
+    planner = _Planner(survey, choose, where or (lambda name, module: True))
+    rows, after = planner.finish()
+    replaced = {row.name for row in rows if row.replaced}
+    if optimizer is not None:
+        _check_optimizer(model, replaced, optimizer)
+    if not dry_run:
+        modules = dict(model.named_modules())
+        for row in rows:
+            if row.replaced:
+                _put(model, row.name, made(row, modules[row.name]))
+    name = _name_of(model)
+    return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
+
+
+def input_size_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the size of an input without the batch: what the network says (``pretrained_cfg``), else 224 x 224 pixels.
+
+    The channels are those of its first convolution, whatever the configuration says.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = tuple(config.get("input_size", (3, 224, 224)))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return size if first is None else (first.in_channels, *size[1:])
+
+
+def _name_of(model: nn.Module) -> str:
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def refuse(model: nn.Module) -> None:
+    """Refuse networks that are not plain modules any more."""
+    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    for name, module in model.named_modules():
+        kind = type(module)
+        where = f"{kind.__name__}{f' at {name}' if name else ''}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{where} is scripted: convert the network before torch.jit")
+        if kind.__name__ == "OptimizedModule":
+            raise UserError(f"{where} is compiled: convert the network itself (its _orig_mod), then compile it")
+        if isinstance(module, wrapped) or kind.__name__ in (
+            "FullyShardedDataParallel",
+            "ModelEma",
+            "ModelEmaV2",
+            "ModelEmaV3",
+        ):
+            raise UserError(f"{where} wraps a network: convert the network inside (its module), then wrap it")
+        if "quant" in kind.__module__ and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise UserError(f"{where} is quantised: convert the network before quantisation")
+    integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
+    if integers:
+        raise UserError(f"{integers[0]} holds integers: convert the network before quantisation")
+
+
+def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name in sorted(replaced):
+        if any(id(p) in held for p in model.get_submodule(name).parameters()):
+            raise UserError(
+                f"the optimizer holds parameters of {name}, which would be replaced: make it after converting"
+            )
+
+
+@dataclass
+class Call:
+    """How a module is called: shapes of its input and output where both are one tensor, and how often."""
+
+    inputs: tuple[int, ...] | None
+    output: tuple[int, ...] | None
+    times: int = 1
+
+
+class Survey:
+    """What one run of a network on the meta device shows.
+
+    Args:
+        model: The network; left as it is.
+        size: Size of one input without the batch.
+
+    Raises:
+        UserError: If the network does not run on such an input.
+    """
+
+    def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
+        self.model, self.size = model, size
+        self.meta = copy.deepcopy(model).to("meta", torch.float32).eval()  # shapes are all that matters
+        self.calls: dict[str, Call] = {}
+        self.order: list[str] = []
+        counter = FlopCounterMode(display=False)
+        names = list(self.meta.named_modules())
+        handles = [module.register_forward_hook(partial(self._see, name), with_kwargs=True) for name, module in names]
+        try:
+            with counter, torch.no_grad():
+                self.meta(torch.empty(1, *size, device="meta"))
+        except _BROKEN as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"{type(model).__name__} does not run on inputs of {size}: {type(error).__name__}: "
+                f"{reason[0] if reason else ''}; give input_size="
+            ) from error
+        for handle in handles:
+            handle.remove()
+        self.macs = _macs_by_name(counter, self.meta)
+        self.cost = Cost(count_trainable(model), counter.get_total_flops() // 2, size)
+
+    def _see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        inputs, shape = (tuple(args[0].shape), tuple(output.shape)) if one else (None, None)
+        if name in self.calls:
+            before = self.calls[name]
+            same = before.inputs is not None and inputs is not None
+            self.calls[name] = Call(before.inputs if same else None, before.output if same else None, before.times + 1)
+            return
+        self.order.append(name)
+        self.calls[name] = Call(inputs, shape)
+
+
+def _macs_by_name(counter: FlopCounterMode, model: nn.Module) -> dict[str, int]:
+    root = type(model).__name__
+    found = {}
+    for name, flops in counter.get_flop_counts().items():
+        if name.startswith(f"{root}."):
+            found[name[len(root) + 1 :]] = sum(flops.values()) // 2
+    found[""] = counter.get_total_flops() // 2
+    return found
+
+
+class _Planner:
+    """Decides layer by layer, on a copy of the network on the meta device."""
+
+    def __init__(self, survey: Survey, choose: Callable[[str], Conversion | None], where: Where) -> None:
+        self.survey, self.choose, self.where = survey, choose, where
+        self.modules = dict(survey.meta.named_modules())
+        self.places: dict[nn.Module, list[str]] = {}
+        for name, module in survey.meta.named_modules(remove_duplicate=False):
+            self.places.setdefault(module, []).append(name)
+        owners: dict[Tensor, set[nn.Module]] = {}
+        originals = dict(survey.model.named_modules())  # the copy on the meta device has untied what is tied
+        for module in originals.values():
+            for p in module.parameters(recurse=False):
+                owners.setdefault(p, set()).add(module)
+        tied = {m for modules in owners.values() if len(modules) > 1 for m in modules}
+        self.tied = {name for name, module in originals.items() if module in tied}
+        self.heads = _heads(survey)
+        self.broken: dict[type, str] = {}
+        self.rows: list[Row] = []
+        self.new: dict[str, nn.Module] = {}
+
+    def finish(self) -> tuple[list[Row], Cost]:
+        """Return the rows, and the cost of the converted network."""
+        while True:
+            self.visit_all()
+            cost = self._run(self.new)
+            if isinstance(cost, Cost):
+                return self.rows, cost
+            self._find_broken()
+
+    def visit_all(self) -> None:
+        """Decide on every layer."""
+        self.rows, self.new = [], {}
+        self._visit("", self.survey.meta, "")
+
+    def _run(self, new: Mapping[str, nn.Module]) -> Cost | str:
+        """Run the network with modules replaced; return its cost, or what it raised."""
+        meta = copy.deepcopy(self.survey.meta)
+        for name, module in new.items():
+            meta = _put(meta, name, copy.deepcopy(module))
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter, torch.no_grad():
+                meta.eval()(torch.empty(1, *self.survey.size, device="meta"))
+        except _BROKEN as error:
+            return f"{type(error).__name__}: {_line(error)}"
+        return Cost(count_trainable(meta), counter.get_total_flops() // 2, self.survey.size)
+
+    def _find_broken(self) -> None:
+        """Find the kinds of module whose replacement breaks the network; they are kept the next time."""
+        kinds: dict[type, list[str]] = {}
+        for name in self.new:
+            kinds.setdefault(type(self.modules[name]), []).append(name)
+        failed = {}
+        for kind, names in kinds.items():
+            found = self._run({name: self.new[name] for name in names})
+            if isinstance(found, str):
+                failed[kind] = found
+        self.broken |= failed or dict.fromkeys(kinds, "the network does not run with all of them replaced")
+
+    def _visit(self, name: str, module: nn.Module, because: str) -> None:
+        if isinstance(module, _MULTIGRID):
+            self._keep(name, module, "multigrid already")
+            return
+        reason = ""
+        conversion = self.choose(name)
+        if conversion is not None and conversion.blocks and not self._unfit(name, module):
+            reason = self._try_block(name, module, conversion)
+            if name in self.new:
+                return
+        computed = parametrize.is_parametrized(module)
+        if computed or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            self._layer(name, module, because)
+        if computed:  # its weights live in modules that are nobody's layers
+            return
+        because = f"its block ({type(module).__name__}) cannot be multigrid: {reason}" if reason else because
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if self.places[child][0] == path:
+                self._visit(path, child, because)
+
+    def _unfit(self, name: str, module: nn.Module) -> bool:
+        """Whether a module cannot be a residual block of equal shapes, said without a reason."""
+        call = self.survey.calls.get(name)
+        return (
+            call is None
+            or call.inputs is None
+            or call.inputs != call.output
+            or len(call.inputs) != 4
+            or not any(isinstance(m, nn.Conv2d) for m in module.modules())
+            or not is_residual(module)
+        )
+
+    def _try_block(self, name: str, module: nn.Module, conversion: Conversion) -> str:
+        """Replace a residual block; return the reason where that cannot be."""
+        try:
+            self._check(name, module)
+            for inner, child in module.named_modules(prefix=name):
+                if inner != name:
+                    self._check(inner, child, called=bool(list(child.parameters(recurse=False))))
+            pooled = self._pooled(name, module)
+            with torch.device("meta"):
+                new = _make_block(module, conversion.group_size, conversion.coarsest, pooled)
+            self._replace(name, module, new, "block", conversion, pooled=pooled)
+        except (_Kept, ChannelConfigError) as kept:
+            return str(kept)
+        return ""
+
+    def _pooled(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """Names in a block of the convolutions that work on one pixel: attention."""
+        whole = self.survey.calls[name].inputs or ()
+        found = []
+        for inner, child in module.named_modules():
+            call = self.survey.calls.get(f"{name}.{inner}" if name else inner)
+            if isinstance(child, nn.Conv2d) and call is not None and call.inputs is not None and whole[2:] != (1, 1):
+                found += [inner] if call.inputs[2:] == (1, 1) else []
+        return tuple(found)
+
+    def _check(self, name: str, module: nn.Module, called: bool = True) -> None:
+        """Refuse what no replacement could stand in for.
+
+        Raises:
+            _Kept: with the reason.
+        """
+        if type(module) in self.broken:
+            raise _Kept(f"the network does not run with it replaced ({self.broken[type(module)]})")
+        if len(self.places[module]) > 1:
+            raise _Kept(f"shared: the same module stands at {', '.join(self.places[module])}")
+        if name in self.tied:
+            raise _Kept("shared: its weights are those of another module too")
+        if called and name not in self.survey.calls:
+            raise _Kept("functional: it is not called as a module in eval mode")
+        if parametrize.is_parametrized(module):
+            raise _Kept("its weights are computed (torch.nn.utils.parametrize)")
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            raise _Kept("it has hooks, which would be lost")
+        merged = [method for method in ("reparameterize", "switch_to_deploy") if hasattr(module, method)]
+        if merged:
+            raise _Kept(f"its branches are merged by {merged[0]}(): merge them first")
+
+    def _layer(self, name: str, module: nn.Module, because: str) -> None:
+        """Replace a single layer, or keep it with the reason."""
+        conversion = self.choose(name)
+        try:
+            self._check(name, module)
+            for parent in _parents(name):
+                if any(hasattr(self.modules[parent], m) for m in ("reparameterize", "switch_to_deploy")):
+                    raise _Kept(f"it is merged with others by the reparameterize() of {parent or 'the network'}")
+            if any(_inside(name, head) for head in self.heads):
+                raise _Kept("head: the classifier")
+            if type(module) in _CONVOLUTIONS:
+                self._check_convolution(name, module)  # type: ignore[arg-type]
+                if conversion is None:
+                    raise _Kept(_BY_CHOICE)
+                with torch.device("meta"):
+                    new: nn.Module = _make_conv(module, conversion.group_size, conversion.coarsest)
+                action = "conv"
+            elif type(module) is nn.Linear:
+                if conversion is None:
+                    raise _Kept(_BY_CHOICE)
+                if not conversion.linear:
+                    raise _Kept("linear: replaced with linear=True only")
+                with torch.device("meta"):
+                    new = _make_linear(module, conversion.group_size, conversion.coarsest)
+                action = "linear"
+            else:
+                raise _Kept(_unknown(module))
+            self._replace(name, module, new, action, conversion, because)
+        except (_Kept, ChannelConfigError) as kept:
+            self._keep(name, module, str(kept))
+
+    def _check_convolution(self, name: str, conv: nn.Conv2d) -> None:
+        call = self.survey.calls[name]
+        if conv.groups == conv.in_channels and conv.groups > 1:
+            raise _Kept("depthwise")
+        if conv.groups > 1:
+            raise _Kept(f"grouped: {conv.groups} groups of {conv.in_channels // conv.groups} channels")
+        pointwise = conv.kernel_size == (1, 1) and self.survey.size[1:] != (1, 1)
+        if pointwise and call.inputs is not None and call.inputs[2:] == (1, 1):
+            raise _Kept("attention or head: it works on one pixel")
+
+    def _replace(
+        self,
+        name: str,
+        module: nn.Module,
+        new: nn.Module,
+        action: str,
+        conversion: Conversion,
+        note: str = "",
+        pooled: tuple[str, ...] = (),
+    ) -> None:
+        if not self.where(name, self.survey.model.get_submodule(name)):
+            raise _Kept("excluded by where=")
+        call = self.survey.calls[name]
+        x = torch.empty(call.inputs or (), device="meta")
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter, torch.no_grad():
+                shape = tuple(new.eval()(x).shape)
+        except _BROKEN as error:
+            raise _Kept(f"a narrower copy does not run ({type(error).__name__}: {_line(error)})") from error
+        if shape != call.output:
+            raise _Kept(f"its copy would return {shape} instead of {call.output}")
+        params, macs = count_trainable(module), self.survey.macs.get(name, 0)
+        after = count_trainable(new), call.times * counter.get_total_flops() // 2
+        if after[0] >= params or after[1] >= macs:
+            raise _Kept(f"it would cost as much: {after[0]:,} parameters, {after[1]:,} MACs")
+        levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
+        self.new[name] = new
+        self.rows.append(
+            Row(
+                name,
+                type(module).__name__,
+                action,
+                note,
+                params,
+                macs,
+                *after,
+                conversion.group_size,
+                conversion.coarsest,
+                tuple(level.channels for level in levels),
+                tuple(level.group_size for level in levels),
+                pooled,
+            )
+        )
+
+    def _keep(self, name: str, module: nn.Module, reason: str) -> None:
+        whole = isinstance(module, _MULTIGRID) or parametrize.is_parametrized(module)
+        own = count_trainable(module) if whole else sum(p.numel() for p in module.parameters(False) if p.requires_grad)
+        macs = self.survey.macs.get(name, 0)
+        self.rows.append(Row(name, type(module).__name__, "kept", reason, own, macs, own, macs))
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Set the module of a path; return the network (the new module itself where the path is empty)."""
+    if not name:
+        return new
+    model.set_submodule(name, new)
+    return model
+
+
+def _heads(survey: Survey) -> set[str]:
+    """Names of the classifiers: what timm says, else the layer that is called last."""
+    config: Any = getattr(survey.model, "pretrained_cfg", None) or {}
+    named = config.get("classifier") or ()
+    if named:
+        return {named} if isinstance(named, str) else set(named)
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return set([name for name in survey.order if isinstance(survey.meta.get_submodule(name), layers)][-1:])
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _unknown(module: nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "a transposed convolution"
+    if isinstance(module, nn.Conv2d):
+        return f"a convolution with a program of its own ({kind.__module__}.{kind.__name__})"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "not a convolution of images"
+    if isinstance(module, nn.Linear):
+        return f"a linear layer with a program of its own ({kind.__name__})"
+    return f"weights of its own, used by its program ({kind.__name__}: attention, embedding or functional)"
+
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+class _Shallow(fx.Tracer):
+    """Traces one module's own program; the modules in it are called, not looked into."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def is_residual(module: nn.Module) -> bool:
+    """Return whether a module adds its unchanged input to something, as `torch.fx` shows.
+
+    Examples:
+        >>> from mgic.blocks import BasicBlock
+        >>> is_residual(BasicBlock(8)), is_residual(nn.Conv2d(8, 8, 1))
+        (True, False)
+    """
+    try:
+        graph = _Shallow().trace(module)
+    except (*_BROKEN, fx.proxy.TraceError):
+        return False
+    inputs = [node for node in graph.nodes if node.op == "placeholder"][:1]
+
+    def unchanged(node: Any) -> bool:
+        if not isinstance(node, fx.Node):
+            return False
+        if node.op != "call_module":
+            return node in inputs
+        called = module.get_submodule(str(node.target))
+        empty = isinstance(called, nn.Sequential) and len(called) == 0
+        return (empty or isinstance(called, nn.Identity | nn.Dropout | DropPath)) and unchanged(node.args[0])
+
+    return any(
+        (node.op == "call_function" and node.target in _ADDITIONS)
+        or (node.op == "call_method" and node.target in ("add", "add_"))
+        for node in graph.nodes
+        if len(node.args) > 1 and (unchanged(node.args[0]) or unchanged(node.args[1]))
+    )
+
+
+def _make_conv(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICConv:
+    conv: Any = module
+    if type(conv) not in _CONVOLUTIONS or conv.groups != 1:
+        raise _Kept(_unknown(conv))
+    narrow = min(conv.in_channels, conv.out_channels)
+    if narrow <= coarsest:
+        raise _Kept(f"too narrow: {narrow} channels are at most coarsest={coarsest}")
+    keywords = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "bias": conv.bias is not None,
+    }
+    new = MGICConv(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        group_size,
+        coarsest,
+        **keywords,
+        padding_mode=conv.padding_mode,
+    )
+    if len(new.levels) < 2:
+        raise _Kept(f"the widths {conv.in_channels} and {conv.out_channels} cannot be halved")
+    if type(conv) is Conv2dSame:  # it pads by itself, as the size of its input asks for
+        for relax in new.relax:
+            relax.__class__ = Conv2dSame
+    with torch.no_grad():
+        std = float(conv.weight.std()) if not conv.weight.is_meta else 1.0
+        scale = std * math.sqrt(3 * conv.weight[0].numel())  # over the default draw of nn.Conv2d
+        for relax in new.relax:
+            relax.weight.mul_(scale)  # type: ignore[operator]
+        if conv.bias is not None:
+            new.relax[0].bias.copy_(conv.bias)  # type: ignore[operator]
+    return new
+
+
+def _make_linear(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICLinear:
+    linear: Any = module
+    narrow = min(linear.in_features, linear.out_features)
+    if narrow <= coarsest:
+        raise _Kept(f"too narrow: {narrow} features are at most coarsest={coarsest}")
+    new = MGICLinear(linear.in_features, linear.out_features, group_size, coarsest, bias=linear.bias is not None)
+    if len(new.cycle.levels) < 2:
+        raise _Kept(f"the widths {linear.in_features} and {linear.out_features} cannot be halved")
+    if linear.bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(linear.bias)  # type: ignore[union-attr]
+    return new
+
+
+def _make_block(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICBlock:
+    """Wrap a residual block: each level is a copy of it, narrower and in groups."""
+    convs: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, nn.Conv2d)}
+    dense = [conv for name, conv in convs.items() if name not in pooled and conv.groups < conv.in_channels]
+    if not dense:
+        raise _Kept("it has no dense convolution")
+    widths = sorted({w for conv in dense for w in (conv.in_channels, conv.out_channels)})
+    channels = dense[-1].out_channels
+    others = [w for w in widths if w != channels]
+    hidden = min(others) if others else None
+    levels = plan_levels(channels, group_size, coarsest, hidden)
+    if len(levels) < 2:
+        narrow = min(widths[0], channels)
+        if narrow <= coarsest:
+            raise _Kept(f"too narrow: {narrow} channels are at most coarsest={coarsest}")
+        raise _Kept(f"the widths {', '.join(map(str, widths))} cannot be halved")
+
+    def level(width: int, groups: int, *inner: int) -> nn.Module:
+        return narrowed(module, channels // width, groups, pooled)
+
+    return MGICBlock(level, channels, group_size, coarsest, hidden)
+
+
+_MAKERS: dict[str, Callable[..., nn.Module]] = {"block": _make_block, "conv": _make_conv, "linear": _make_linear}
+
+
+def narrowed(block: nn.Module, divisor: int, groups: int, pooled: Iterable[str] = ()) -> nn.Module:
+    """Return a copy of a block with all widths divided, its dense convolutions in groups.
+
+    Depthwise convolutions stay depthwise, grouped ones keep at least their groups, convolutions on one pixel stay dense.
+    Weights are drawn anew, as widely as the fan-in asks for compared with those of the block; norms and scales keep their
+    first values.
+
+    Args:
+        block: Any block made of convolutions, norms, scales by channel and layers without weights.
+        divisor: What widths are divided by.
+        groups: Groups of its dense convolutions.
+        pooled: Names of its convolutions that work on one pixel.
+
+    Raises:
+        UserError: If a layer is of a kind whose width is not known, or a width is not divisible.
+    """
+    twin = copy.deepcopy(block)
+    pooled = set(pooled)
+    widths = {w for m in block.modules() if isinstance(m, nn.Conv2d) for w in (m.in_channels, m.out_channels)}
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            _narrow_convolution(name, module, divisor, groups, name in pooled)
+        else:
+            _narrow_tensors(name, module, divisor, widths)
+    return twin
+
+
+def _narrow_convolution(name: str, conv: nn.Conv2d, divisor: int, groups: int, pooled: bool) -> None:
+    if type(conv) not in _CONVOLUTIONS:
+        raise _Kept(f"{name}: {_unknown(conv)}")
+    inputs, outputs = -(-conv.in_channels // divisor), -(-conv.out_channels // divisor)
+    if not pooled and (conv.in_channels % divisor or conv.out_channels % divisor):
+        raise _Kept(f"{name}: the widths {conv.in_channels} and {conv.out_channels} cannot be divided by {divisor}")
+    if conv.groups == conv.in_channels and conv.groups > 1:
+        groups = inputs
+    elif pooled and conv.groups == 1:
+        groups = 1
+    else:
+        wanted = max(groups, conv.groups // divisor)
+        groups = math.gcd(wanted, math.gcd(inputs, outputs))
+    if inputs % groups or outputs % groups:
+        raise _Kept(f"{name}: {groups} groups do not divide {inputs} and {outputs}")
+    old = conv.weight
+    fan_in = inputs // groups * math.prod(conv.kernel_size)
+    std = 0.0 if old.is_meta or old.numel() < 2 else float(old.detach().std()) * math.sqrt(old[0].numel() / fan_in)
+    conv.in_channels, conv.out_channels, conv.groups = inputs, outputs, groups
+    conv.weight = nn.Parameter(old.new_empty(outputs, inputs // groups, *conv.kernel_size).normal_(std=std))
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(conv.bias.detach()[:outputs].clone())
+
+
+def _narrow_tensors(name: str, module: nn.Module, divisor: int, widths: set[int]) -> None:
+    """Keep the first channels of a norm, a scale by channel or an activation with weights."""
+    sliced = False
+    for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.numel() < 2 and tensor.numel() not in widths:
+            continue
+        axes = [axis for axis, length in enumerate(tensor.shape) if length > 1]
+        if len(axes) != 1 or tensor.shape[axes[0]] not in widths:
+            raise _Kept(
+                f"{name or type(module).__name__}: {key} of {tuple(tensor.shape)} is not a value for each channel"
+            )
+        kept = tensor.detach().narrow(axes[0], 0, -(-tensor.shape[axes[0]] // divisor)).clone()
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(kept, tensor.requires_grad)
+        else:
+            module._buffers[key] = kept
+        sliced = True
+    if not sliced and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
+        return
+    for attribute in ("num_features", "num_channels", "num_parameters"):
+        if hasattr(module, attribute):
+            setattr(module, attribute, -(-getattr(module, attribute) // divisor))
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = math.gcd(module.num_groups, module.num_channels)
+    if isinstance(module, nn.LayerNorm):
+        if len(module.normalized_shape) != 1:
+            raise _Kept(f"{name}: a layer norm over {module.normalized_shape}")
+        module.normalized_shape = (-(-module.normalized_shape[0] // divisor),)
+
+
+def _notes(rows: Sequence[Row], survey: Survey) -> list[str]:
+    """Say what the converted network keeps that the papers' networks have not."""
+    total = max(survey.cost.macs, 1)
+    modules = dict(survey.meta.named_modules())
+    notes = []
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        conv: Any = modules[row.name]
+        if row.replaced or not isinstance(conv, nn.Conv2d) or conv.groups > 1 or not row.macs:
+            continue
+        pointwise = conv.kernel_size == (1, 1) and max(conv.stride) > 1
+        kind = "strided 1x1 convolutions (shortcuts)" if pointwise else "other convolutions"
+        groups.setdefault(f"dense {kind}", []).append(row)
+    for kind, kept in groups.items():
+        macs = sum(row.macs for row in kept)
+        notes.append(f"keeps {len(kept)} {kind}: {macs:,} MACs, {100 * macs / total:.1f} % of the network before")
+    strided = sum(1 for row in rows if row.action == "conv" and max(getattr(modules[row.name], "stride", (1,))) > 1)
+    if strided:
+        notes.append(
+            f"additive multigrid layers stand for {strided} of the strided convolutions; the MGIC networks have a depthwise "
+            "convolution between stages"
+        )
+    if not any(row.replaced for row in rows):
+        notes.append("nothing was replaced")
+    return notes
