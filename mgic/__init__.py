@@ -46,6 +46,7 @@ _HOMES = {
     "memory": "counting",
     "cost": "counting",
     "accelerate": "runtime.accelerate",
+    "export": "exporting",
     "UserError": "errors",
     "ChannelConfigError": "errors",
 }
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .cycle import tau_correction as tau_correction
     from .errors import ChannelConfigError as ChannelConfigError
     from .errors import UserError as UserError
+    from .exporting import export as export
     from .hierarchy import Level as Level
     from .hierarchy import describe_levels as describe_levels
     from .hierarchy import fit_group_size as fit_group_size

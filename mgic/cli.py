@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from . import __version__, cli_bench
+from . import __version__, cli_bench, cli_export
 from .errors import Stopped, UserError, suggest
 from .training.recipes import RECIPES, Recipe
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .counting import Part
     from .data import Data, Task
-    from .training import RunSummary, SavedRun
+    from .training import RunSummary
 
 DESCRIPTION = """Multigrid in channels: networks whose cost grows linearly with their width.
 
@@ -96,27 +96,14 @@ def _add_cost(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _build(name: str, arguments: dict[str, Any]) -> "nn.Module":
-    """Build a network; whatever a wrong value of an argument breaks inside, it is the user's error."""
-    from .models import create_model
-
-    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
-    try:
-        return create_model(name, **arguments)
-    except UserError:
-        raise
-    except broken as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name} cannot be built with {arguments} ({reason})") from error
-
-
 def _run_cost(args: Namespace) -> int:
     import torch
 
     from .counting import breakdown, cost, memory
+    from .models import build_model
 
     with torch.device("meta"):
-        model = _build(args.model, args.model_args)
+        model = build_model(args.model, args.model_args)
     config: Any = getattr(model, "pretrained_cfg", {})
     size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
     if args.scaling:
@@ -377,8 +364,10 @@ def _set_threads(threads: int) -> None:
 
 
 def _builder(recipe: Recipe, data: "Data") -> Callable[[], "nn.Module"]:
+    from .models import build_model
+
     arguments = {**data.model_arguments(), **recipe.model_args}
-    return lambda: _build(recipe.model, arguments)
+    return lambda: build_model(recipe.model, arguments)
 
 
 def _train_seeds(
@@ -487,7 +476,7 @@ def _run_evaluate(args: Namespace) -> int:
     from dataclasses import replace
 
     from .training import evaluate, load_run
-    from .training.checkpoint import different, read_json
+    from .training.checkpoint import different, fill, read_json
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
@@ -501,7 +490,7 @@ def _run_evaluate(args: Namespace) -> int:
     if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
         data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
     model = _builder(recipe, data)()
-    _load_weights(model, saved, args.run, data.name)
+    fill(model, saved.state_dict, args.run, f"{recipe.model} for {data.name}")
     result = evaluate(model, data, args.split, batch_size=recipe.eval_batch_size, workers=recipe.workers)
     if args.json:
         _print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
@@ -516,14 +505,6 @@ def _run_evaluate(args: Namespace) -> int:
     return 0
 
 
-def _load_weights(model: "nn.Module", saved: "SavedRun", run: Path, data: str) -> None:
-    try:
-        model.load_state_dict(saved.state_dict)
-    except RuntimeError as error:
-        reason = "; ".join(str(error).split("\n\t")[1:3])
-        raise UserError(f"{run}: its weights do not fit {saved.recipe.model} for {data}: {reason}") from error
-
-
 def _add_predict(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("inputs", nargs="+", type=Path, help="images, point clouds, or folders of them")
@@ -533,9 +514,8 @@ def _add_predict(parser: ArgumentParser) -> None:
 
 
 def _run_predict(args: Namespace) -> int:
-    from .prediction import Predictor, files_in
-    from .training import load_run
-    from .training.checkpoint import check_writable, read_json, write_json
+    from .prediction import Predictor, files_in, trained_network
+    from .training.checkpoint import check_writable, write_json
     from .training.outside import progress_bar
 
     files = files_in(args.inputs)
@@ -546,17 +526,14 @@ def _run_predict(args: Namespace) -> int:
             raise UserError(f"{twice}: another input has the same name, so that --out could not hold both")
         check_writable(args.out / "predictions.json")
     _set_threads(args.threads)
-    saved, data = load_run(args.run), read_json(args.run / "data.json")
-    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **saved.recipe.model_args}
-    model = _build(saved.recipe.model, arguments)
-    _load_weights(model, saved, args.run, data["name"])
-    predictor, said = Predictor(model.eval(), saved.recipe, data), []
+    model, recipe, data = trained_network(args.run)
+    predictor, said = Predictor(model, recipe, data), []
     with progress_bar(None, len(files)) as show:
         for count, path in enumerate(files, 1):
             said.append(predictor(path, args.out))
             show(count, path.name)
     if args.out is not None:
-        write_json(args.out / "predictions.json", {"model": saved.recipe.model, "predictions": said})
+        write_json(args.out / "predictions.json", {"model": recipe.model, "predictions": said})
     if args.json:
         _print_json(said)
         return 0
@@ -635,6 +612,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "bench": ("fvcore",),
 }
 
@@ -680,6 +658,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
     "train": ("train a network, or continue a run", _add_train, _run_train),
     "evaluate": ("measure how good a run is", _add_evaluate, lambda args, given: _run_evaluate(args)),
     "predict": ("say what is in images or point clouds", _add_predict, lambda args, given: _run_predict(args)),
+    "export": ("write files for other runtimes, checked", cli_export.add_export, cli_export.run_export),
     "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
@@ -700,6 +679,7 @@ Flags win over --config, which wins over --recipe. --model_args replaces all arg
     "evaluate": "  mgic evaluate runs/a --split train",
     "predict": """  mgic predict runs/camvid photo.jpg folder/ --out overlays
   mgic predict runs/solids cup.off --json""",
+    "export": cli_export.EXAMPLES,
     "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",

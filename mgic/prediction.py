@@ -15,7 +15,8 @@ from .data.images import IMAGE_SUFFIXES, centre_crop, open_image, whole_image
 from .data.masks import inference, overlay, palette
 from .data.points import POINT_SUFFIXES, prepare_points, read_points
 from .errors import UserError
-from .training.checkpoint import write_atomically
+from .models import build_model
+from .training.checkpoint import fill, load_run, read_json, write_atomically
 from .training.recipes import Recipe
 
 TOP = 5
@@ -40,6 +41,19 @@ def files_in(places: Sequence[Path]) -> list[Path]:
         else:
             raise UserError(f"{place}: no such file or folder")
     return found
+
+
+def trained_network(run: Path) -> tuple[nn.Module, Recipe, dict[str, Any]]:
+    """Return the network of a run in eval mode, its recipe, and what the run noted down about its data.
+
+    Raises:
+        UserError: The folder holds no run, no weights yet, or damaged ones.
+    """
+    saved, data = load_run(run), read_json(run / "data.json")
+    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **saved.recipe.model_args}
+    model = build_model(saved.recipe.model, arguments)
+    fill(model, saved.state_dict, run, f"{saved.recipe.model} for {data['name']}")
+    return model.eval(), saved.recipe, data
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"models", "data"},
     {"scaling", "tables", "runtime"},
     {"training", "reporting"},
-    {"prediction"},
+    {"prediction", "exporting"},
     {"benchmarking"},
-    {"cli_bench"},
+    {"cli_bench", "cli_export"},
     {"cli", "__main__", "__init__"},
 ]
 

@@ -1,6 +1,7 @@
 """Every network by name. Importing this package registers the classification networks with timm."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -60,3 +61,19 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     model: Any = _OTHERS[name](**overrides)
     model.arguments = known  # as of the classifiers
     return model  # type: ignore[no-any-return]
+
+
+def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a network as `create_model` does; whatever a wrong value of an argument breaks inside, it is the user's error.
+
+    Raises:
+        UserError: If the network cannot be built with these arguments.
+    """
+    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
+    try:
+        return create_model(name, **arguments)
+    except UserError:
+        raise
+    except broken as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} cannot be built with {dict(arguments)} ({reason})") from error

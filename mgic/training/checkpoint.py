@@ -425,6 +425,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         _verify(path, file)
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of anybody, shared weights under all their names; no checksum is asked for.
+
+    Raises:
+        CorruptCheckpoint: It is no safetensors file.
+    """
     try:
         with safe_open(path, framework="pt") as archive:
             state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
@@ -433,6 +442,25 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise CorruptCheckpoint(path, path.stat().st_size, f"safetensors ({error})") from error
     # save_model's metadata maps each name it left out to the one it kept.
     return state | {name: state[kept] for name, kept in aliases.items() if kept in state}
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], source: Path, what: str) -> None:
+    """Give a network weights: all of its own, and no others.
+
+    Args:
+        model: The network.
+        weights: By name.
+        source: Where they are from, for the message.
+        what: What they should fit, for the message.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "; ".join(str(error).split("\n\t")[1:3])
+        raise UserError(f"{source}: its weights do not fit {what}: {reason}") from error
 
 
 class SavedRun(NamedTuple):
