@@ -145,8 +145,9 @@ def load_source(args: Namespace) -> Source:
         fill(model, read_safetensors(args.checkpoint), args.checkpoint, str(network))
     config: Any = getattr(model, "pretrained_cfg", {})
     own = config.get("input_size")
-    if own is not None and network.size:
-        own = (own[0], network.size, network.size)
+    if own is not None:
+        channels, *rest = own
+        own = (network.args.get("in_chans", channels), *([network.size] * 2 if network.size else rest))
     if args.input_size is None and own is None:
         raise UserError(f"{network.name} says no input size: give --input_size, such as '[3, 1024]' for 1024 points")
     return Source(network.name, model.eval(), weights, tuple(args.input_size or own))

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -527,7 +528,12 @@ def write_onnx(job: Job, file: Path) -> None:
 
 
 def write_onnx_int8(job: Job, file: Path) -> None:
-    """ONNX, int8: static quantisation of weights (per channel) and features, ranges from the calibration."""
+    """ONNX, int8: static quantisation of weights (per channel) and features, ranges from the calibration.
+
+    Pointwise convolutions of a difference stay in float32: these are the prolongations of the multigrid cycle. A norm behind
+    one, folded into it, makes of a small correction what is added to the features, and of its rounding too: of a trained
+    network of the digits, 9.9 dB were left with them in int8 and 31.9 dB without.
+    """
     quantization = require("onnxruntime.quantization", "onnx")
     preparation = require("onnxruntime.quantization.shape_inference", "onnx")
 
@@ -542,7 +548,19 @@ def write_onnx_int8(job: Job, file: Path) -> None:
         plain_file, prepared = Path(folder, "float32.onnx"), Path(folder, "prepared.onnx")
         plain_file.write_bytes(_onnx_program(job))
         preparation.quant_pre_process(str(plain_file), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(str(prepared), str(file), Reader(), per_channel=True)
+        kept = _prolongations(require("onnx", "onnx").load(str(prepared)).graph)
+        quantization.quantize_static(str(prepared), str(file), Reader(), per_channel=True, nodes_to_exclude=kept)
+
+
+def _prolongations(graph: Any) -> list[str]:
+    """Names of the 1x1 convolutions whose input is a difference."""
+    differences = {name for node in graph.node if node.op_type == "Sub" for name in node.output}
+    points = {one.name for one in graph.initializer if all(size == 1 for size in one.dims[2:])}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Conv" and node.input[0] in differences and node.input[1] in points
+    ]
 
 
 def load_onnx(file: Path, threads: int) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -722,7 +740,10 @@ def _refuse_code(part: str, contents: bytes) -> None:
     if part.endswith("config.json") and any(one["use_pickle"] for one in json.loads(contents)["config"].values()):
         raise UserError(f"{part} asks for pickled weights, which can run code")
     if part.endswith(".pt"):
-        torch.load(io.BytesIO(contents), weights_only=True)
+        try:
+            torch.load(io.BytesIO(contents), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{part} holds more than tensors and plain values, which can run code") from error
     if part.endswith("model.json"):
         model = json.loads(contents)
         if model["guards_code"]:

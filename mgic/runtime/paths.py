@@ -187,7 +187,9 @@ def require(package: str, extra: str) -> Any:
         PathUnavailable: It is not installed; the message names the extra.
     """
     try:
-        return import_module(package)
+        with warnings.catch_warnings():  # of the package about itself
+            warnings.simplefilter("ignore")
+            return import_module(package)
     except ImportError as error:
         raise PathUnavailable(f"{error.name or package} is not installed: pip install 'mgic[{extra}]'") from error
 
