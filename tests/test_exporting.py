@@ -120,6 +120,15 @@ def test_a_file_has_one_node_for_each_convolution(made, name):
     assert made[1][name].convolutions == {"expected": 6, "found": 6}
 
 
+def test_int8_convolutions_read_int8_but_for_the_prolongation(made):
+    import onnx
+
+    graph = onnx.load(str(place(made[0], "onnx_int8"))).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    fed = [makers[node.input[0]] for node in graph.node if node.op_type == "Conv"]
+    assert sorted(fed) == ["DequantizeLinear"] * 5 + ["Sub"]
+
+
 def test_the_description_says_what_the_file_is(made):
     folder, artefacts = made
     for name, artefact in artefacts.items():
