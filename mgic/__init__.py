@@ -56,6 +56,7 @@ _HOMES = {
     "memory": "counting",
     "cost": "counting",
     "accelerate": "runtime.accelerate",
+    "export": "exporting",
     "UserError": "errors",
     "ChannelConfigError": "errors",
 }
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .cycle import tau_correction as tau_correction
     from .errors import ChannelConfigError as ChannelConfigError
     from .errors import UserError as UserError
+    from .exporting import export as export
     from .fitting import Fit as Fit
     from .fitting import fit_convolution_ as fit_convolution_
     from .fitting import warm_start_ as warm_start_

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from .counting import Cost, cost
 from .errors import UserError, suggest
+from .exporting import FORMATS, describe_artefact, format_of, load_artefact
 from .models import create_model
 from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
 from .training.fast import fast_training_
@@ -44,6 +46,18 @@ QUIET = 1.2
 """Times the shortest time of the reference computation, up to which a process counts as undisturbed."""
 TRIES = 4
 """How often a process is asked in a round until it is undisturbed; after that its least disturbed answer counts."""
+
+
+@torch.no_grad()
+def random_norms_(model: nn.Module) -> None:
+    """Give the norms of a network that nobody trained random scales and variances.
+
+    As they are initialised, some networks multiply a branch by zero, and no check of an output would see what it does.
+    """
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
+            for scale in (norm.weight, norm.running_var):
+                scale.uniform_(0.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -85,10 +99,7 @@ class Network:
         return f"{self.name}{size}{':' if args else ''}{args}"
 
     def build(self) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return the network in eval mode and the size of its input; always with the same weights.
-
-        Norms get random weights and statistics: as they are initialised, some networks multiply a branch by zero, and no
-        check of an output would see what that branch does.
+        """Return the network in eval mode and the size of its input; always with the same weights, see `random_norms_`.
 
         Raises:
             UserError: If there is no such network, it does not take the arguments, or has no input size.
@@ -98,11 +109,7 @@ class Network:
             model = create_model(self.name, **self.args)
         except TypeError as error:
             raise UserError(f"{self} cannot be built: {error}") from error
-        with torch.no_grad():
-            for norm in model.modules():
-                if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
-                    for scale in (norm.weight, norm.running_var):
-                        scale.uniform_(0.5, 1.5)
+        random_norms_(model)
         config: Any = getattr(model, "pretrained_cfg", {})
         if "input_size" not in config:
             raise UserError(f"{self.name} says no input size; only networks for images can be timed")
@@ -112,6 +119,78 @@ class Network:
     def cost(self) -> Cost:
         """Count it, with branches merged."""
         return cost(*self.build())
+
+    def ways(self, paths: Sequence[str]) -> Sequence[str]:
+        """Those of the paths asked for that it can be run by: all."""
+        return paths
+
+    def prepare(self, case: "Case") -> tuple[Callable[[], Run], Tensor, Any]:
+        """Return what makes the path, an input, and what eager PyTorch makes of it; None for a training step."""
+        model, size = self.build()
+        x = torch.randn(case.batch, *size)
+        expected = None if case.path == TRAINING else eager(model, x, case.threads)(x)
+        return lambda: WAYS[case.path](model, x, case.threads), x, expected
+
+    def load_libraries(self, case: "Case") -> None:
+        """Run a tiny network first: what a path loads for itself is neither the network's memory nor its build time."""
+        tiny, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)).eval(), torch.ones(1, 3, 3, 3)
+        with suppress(PathUnavailable):
+            WAYS[case.path](tiny, x, case.threads)(x)
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that `mgic.export` wrote: its runtime is the one way to run it, and it was held against eager PyTorch then.
+
+    Args:
+        file: Its place.
+        sha256: Of the file, for what is kept of its times.
+    """
+
+    file: str
+    sha256: str
+
+    @classmethod
+    def open(cls, file: str) -> "ExportedFile":
+        """Take a file, if it is the one its description is of.
+
+        Raises:
+            UserError: If there is no such file, it is damaged, or there is no description beside it.
+        """
+        one = cls(file, "")
+        return replace(one, sha256=one.described()["sha256"][Path(file).name])
+
+    def described(self) -> dict[str, Any]:
+        """Its description."""
+        described = describe_artefact(Path(self.file))
+        if described is None:
+            raise UserError(f"{self.file}: without {Path(self.file).name}.json nobody knows the size of its input")
+        return described
+
+    def __str__(self) -> str:
+        return Path(self.file).name
+
+    def cost(self) -> Cost:
+        """What the network was counted for when it was exported."""
+        described = self.described()
+        return Cost(described["params"], described["macs"], tuple(described["input_size"]))
+
+    def ways(self, paths: Sequence[str]) -> Sequence[str]:
+        """Its own runtime, whatever is asked for."""
+        return [self.described()["format"]]
+
+    def prepare(self, case: "Case") -> tuple[Callable[[], Run], Tensor, Any]:
+        """As of a network; what it was held against stayed behind."""
+        described = self.described()
+        most = described["batches"][1]
+        if most is not None and case.batch > most:
+            raise PathUnavailable(f"it takes {most} inputs at most")
+        x = torch.randn(case.batch, *described["input_size"])
+        return lambda: load_artefact(self.file, case.threads), x, None
+
+    def load_libraries(self, case: "Case") -> None:
+        """Import its runtime."""
+        import_module(format_of(Path(self.file)).runtime)
 
 
 def training_step(model: nn.Module, example_input: Tensor, threads: int) -> Run:
@@ -138,7 +217,7 @@ WAYS = {**PATHS, TRAINING: training_step}
 class Case:
     """One thing to time: a network, how it is run, on how many inputs and threads."""
 
-    network: Network
+    network: Network | ExportedFile
     path: str
     batch: int = 1
     threads: int = 1
@@ -220,33 +299,24 @@ def _serve(pipe: Connection, case: Case) -> None:
 
 
 def _prepare(case: Case) -> tuple[Timing, Run, Tensor]:
-    _load_libraries(case)
+    case.network.load_libraries(case)
+    gc.collect()
     before = _resident("VmRSS")
-    model, size = case.network.build()
-    x = torch.randn(case.batch, *size)
-    expected = None if case.path == TRAINING else eager(model, x, case.threads)(x)
+    make, x, expected = case.network.prepare(case)
     began = time.perf_counter()
-    run = WAYS[case.path](model, x, case.threads)
+    run = make()
     found = run(x)
     took = time.perf_counter() - began
-    error = None if case.path == TRAINING else relative_error(found, expected)
+    error = None if expected is None else relative_error(found, expected)
     if error is not None and error > TOLERANCE:
         raise PathUnavailable(f"differs from eager by {error:.1e}")
-    del model, expected, found
+    del make, expected, found
     gc.collect()
     with suppress(OSError, AttributeError):  # memory that was freed goes back to the system, where the C library can
         ctypes.CDLL(None).malloc_trim(0)
     peak = _peak(lambda: run(x))
     held = None if peak is None or before is None else (peak - before) / 2**20
     return Timing(case, error=error, build_seconds=took, peak_mib=held), run, x
-
-
-def _load_libraries(case: Case) -> None:
-    """Run a tiny network first: what a path loads for itself is neither the network's memory nor its build time."""
-    tiny, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)).eval(), torch.ones(1, 3, 3, 3)
-    with suppress(PathUnavailable):
-        WAYS[case.path](tiny, x, case.threads)(x)
-    gc.collect()
 
 
 def _time_call(run: Run, x: Tensor, seconds: float) -> float:
@@ -389,17 +459,17 @@ class Group:
     """
 
     cases: tuple[Case, ...]
-    peer: Network | None = None
+    peer: Network | ExportedFile | None = None
 
 
 def group(
-    networks: Sequence[Network | str],
-    peer: Network | str | None = None,
+    networks: Sequence[Network | ExportedFile | str],
+    peer: Network | ExportedFile | str | None = None,
     paths: Sequence[str] = tuple(PATHS),
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
 ) -> Group:
-    """Every combination of networks (the peer among them), paths, batches and threads.
+    """Every combination of networks (the peer among them), paths, batches and threads; a file has one path.
 
     Raises:
         UserError: If a path, a batch or a number of threads is none.
@@ -412,15 +482,20 @@ def group(
             raise UserError(f"{name} must be positive numbers, got {list(numbers)}")
     first = [_network(peer)] if peer is not None else []
     every = list(dict.fromkeys([*first, *map(_network, networks)]))
-    cases = [Case(n, path, batch, count) for batch in batches for count in threads for n in every for path in paths]
+    cases = [
+        Case(n, path, batch, count) for batch in batches for count in threads for n in every for path in n.ways(paths)
+    ]
     return Group(tuple(cases), first[0] if first else None)
 
 
-def _network(network: Network | str) -> Network:
-    return Network.parse(network) if isinstance(network, str) else network
+def _network(network: Network | ExportedFile | str) -> Network | ExportedFile:
+    if not isinstance(network, str):
+        return network
+    exported = Path(network.partition(":")[0]).suffix in {kind.suffix for kind in FORMATS.values()}
+    return ExportedFile.open(network) if exported else Network.parse(network)
 
 
-def compare(peer: Network, timings: Sequence[Timing], costs: Mapping[Network, Cost]) -> list[dict[str, Any]]:
+def compare(peer: Network | ExportedFile, timings: Sequence[Timing], costs: Mapping[Any, Cost]) -> list[dict[str, Any]]:
     """Hold each network, in its fastest path, against its peer in the fastest path of that one, in the same setting.
 
     The time ratio is the median of the ratios of the rounds, the FLOP ratio that of the multiply-adds;
@@ -429,7 +504,7 @@ def compare(peer: Network, timings: Sequence[Timing], costs: Mapping[Network, Co
     rows = []
     settings = dict.fromkeys((t.case.batch, t.case.threads, t.case.path == TRAINING) for t in timings)
     for setting in settings:
-        fastest: dict[Network, Timing] = {}
+        fastest: dict[Network | ExportedFile, Timing] = {}
         for one in timings:
             same = (one.case.batch, one.case.threads, one.case.path == TRAINING) == setting
             if same and one.seconds and one.median < fastest.get(one.case.network, Timing(one.case)).median:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from . import __version__, cli_bench, cli_convert
+from . import __version__, cli_bench, cli_convert, cli_export
 from .errors import Stopped, UserError, suggest
 from .training.recipes import RECIPES, Recipe
 
@@ -99,27 +99,14 @@ def _add_cost(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _build(name: str, arguments: dict[str, Any]) -> "nn.Module":
-    """Build a network; whatever a wrong value of an argument breaks inside, it is the user's error."""
-    from .models import create_model
-
-    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
-    try:
-        return create_model(name, **arguments)
-    except UserError:
-        raise
-    except broken as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name} cannot be built with {arguments} ({reason})") from error
-
-
 def _run_cost(args: Namespace) -> int:
     import torch
 
     from .counting import breakdown, cost, memory
+    from .models import build_model
 
     with torch.device("meta"):
-        model = _build(args.model, args.model_args)
+        model = build_model(args.model, args.model_args)
     config: Any = getattr(model, "pretrained_cfg", {})
     size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
     if args.scaling:
@@ -376,9 +363,10 @@ def _load_sources(args: Namespace) -> dict[str, Any]:
 
 
 def _load_network(run: Path) -> "TrainedNetwork":
+    from .models import build_model
     from .training import load_network
 
-    return load_network(run, lambda name, **arguments: _build(name, arguments))
+    return load_network(run, lambda name, **arguments: build_model(name, arguments))
 
 
 def _load_data(recipe: Recipe, args: Namespace) -> "Data":
@@ -406,8 +394,10 @@ def _set_threads(threads: int) -> None:
 
 
 def _builder(recipe: Recipe, data: "Data") -> Callable[[], "nn.Module"]:
+    from .models import build_model
+
     arguments = {**data.model_arguments(), **recipe.model_args}
-    return lambda: _build(recipe.model, arguments)
+    return lambda: build_model(recipe.model, arguments)
 
 
 def _train_seeds(
@@ -687,6 +677,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "bench": ("fvcore",),
 }
 
@@ -738,6 +729,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
         lambda args, given: _run_publish(args),
     ),
     "convert": ("put multigrid into any network, with a report", cli_convert.add_convert, cli_convert.run_convert),
+    "export": ("write files for other runtimes, checked", cli_export.add_export, cli_export.run_export),
     "bench": ("time networks, each way to run them, side by side", cli_bench.add_bench, cli_bench.run_bench),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", _add_demo, _run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
@@ -763,6 +755,7 @@ Flags win over --config, which wins over --recipe. --model_args replaces all arg
     "publish": """  mgic publish runs/a --to hub/mgic_resnet20
   mgic publish runs/a --to hub/mgic_resnet20 --license mit --push me/mgic_resnet20-digits""",
     "convert": cli_convert.EXAMPLES,
+    "export": cli_export.EXAMPLES,
     "bench": cli_bench.EXAMPLES,
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
     "info": "  mgic info --json",

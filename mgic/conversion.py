@@ -2,9 +2,9 @@
 
 For a budget of parameters, multiply-adds or milliseconds a network is cut into stages, by the resolution of its features.
 Every stage gets one setting; the settings are those that stay within the budget and shrink the stages as evenly as they can:
-the sum over stages of (share of the cost) times (log of the remaining part) is largest. With some dozens of settings and a few
-stages the best choice is found exactly. Parameters and multiply-adds are counted; milliseconds are measured, layer by layer,
-on the machine that will run the network.
+the sum over stages of (share of the cost) times (log of the remaining part) is largest. With some dozens of settings and a
+few stages the best choice is found exactly. Parameters and multiply-adds are counted; milliseconds are measured, layer by
+layer, on the machine that will run the network.
 """
 
 import copy

@@ -166,6 +166,13 @@ class SparsePointwise(nn.Module):
         """Apply the transfer to ``x``."""
         return F.conv2d(x, self.matrix()[:, :, None, None])
 
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """Return the convolution it is, its matrix assembled once: for inference (timm's ``reparameterize_model``)."""
+        conv = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False)
+        conv.weight = nn.Parameter(self.matrix()[:, :, None, None], requires_grad=False)
+        return conv
+
     def extra_repr(self) -> str:
         """Widths and non-zeros."""
         return f"{self.in_channels}, {self.out_channels}, nonzeros={self.rows.numel()}"

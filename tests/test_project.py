@@ -24,10 +24,10 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"models", "data"},
     {"scaling", "tables"},
     {"training", "reporting"},
-    {"prediction", "converted"},
+    {"prediction", "converted", "exporting"},
     {"publishing"},
     {"benchmarking"},
-    {"cli_bench", "cli_convert"},
+    {"cli_bench", "cli_convert", "cli_export"},
     {"cli", "__main__", "__init__"},
 ]
 

@@ -102,3 +102,19 @@ def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
     settings = Conversion.from_dict(conversion)
     apply_(model, lambda name: settings)
     return model
+
+
+def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a network as `create_model` does; whatever a wrong value of an argument breaks inside, it is the user's error.
+
+    Raises:
+        UserError: If the network cannot be built with these arguments.
+    """
+    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
+    try:
+        return create_model(name, **arguments)
+    except UserError:
+        raise
+    except broken as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} cannot be built with {dict(arguments)} ({reason})") from error

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ..kernels import ACTIVATIONS, grouped_conv, level, restriction_chain
 from .capture import EngineUnavailable, capture
 from .ops import Activation, Combine, Convolution, Op, Program, Step
-from .paths import _BROKEN, Path, PathUnavailable, Run, _reasons, eager, eager_channels_last
+from .paths import BROKEN, Path, PathUnavailable, Run, eager, eager_channels_last, reasons
 
 LONGEST_CHAIN = 3
 WIDEST_TREE = 256
@@ -322,14 +322,14 @@ def graphed(run: Run, example: Tensor) -> Run:
 def eager_graph(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """PyTorch as it stands, NHWC, as a CUDA graph: no time between its kernels."""
     run = eager_channels_last(model, example_input, threads)
-    with _reasons("CUDA graph", _BROKEN):
+    with reasons("CUDA graph", BROKEN):
         return graphed(run, example_input)
 
 
 def compiled(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """``torch.compile`` at its best: every kernel autotuned, CUDA graphs, NHWC."""
     network = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    with _reasons("torch.compile", _BROKEN), torch.no_grad():
+    with reasons("torch.compile", BROKEN), torch.no_grad():
         optimized = torch.compile(network, mode="max-autotune", dynamic=False)
         optimized(example_input.contiguous(memory_format=torch.channels_last))
 
@@ -347,7 +347,7 @@ def kernels(model: nn.Module, example_input: Tensor, threads: int) -> Run:
         fused = fuse(model, example_input)
     except EngineUnavailable as error:
         raise PathUnavailable(str(error)) from error
-    with _reasons("kernels", _BROKEN), torch.no_grad():
+    with reasons("kernels", BROKEN), torch.no_grad():
         return graphed(fused, example_input)
 
 

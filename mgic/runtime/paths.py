@@ -21,9 +21,13 @@ from ..errors import UserError
 
 Run = Callable[[Tensor], Any]
 Path = Callable[[nn.Module, Tensor, int], Run]
+Arrays = Callable[[Tensor], Sequence[Any]]
+"""What a runtime makes of an input: NumPy arrays, one an output."""
+Outputs = Callable[[Sequence[Any]], Any]
+"""Makes what the network returns of the arrays of a runtime."""
 
-_BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What exporters and compilers raise for a network they cannot handle."""
+BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What exporters, compilers and runtimes raise for a network they cannot handle."""
 
 
 class PathUnavailable(UserError):  # noqa: N818  (a reason to report, as a rule)
@@ -34,7 +38,7 @@ def eager(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """PyTorch as it stands."""
 
     def run(x: Tensor) -> Any:
-        with torch.no_grad(), _torch_threads(threads):
+        with torch.no_grad(), torch_threads(threads):
             return model(x)
 
     return run
@@ -56,54 +60,35 @@ def compiled(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     so that networks which share the code of a class do not use up each other's recompilations.
     """
     inductor: Any = import_module("torch._inductor.config")
-    with _reasons("torch.compile", _BROKEN), torch.no_grad(), _torch_threads(threads):
-        program = torch.export.export(model, (_plain(example_input),)).module()
+    with reasons("torch.compile", BROKEN), torch.no_grad(), torch_threads(threads):
+        program = torch.export.export(model, (plain(example_input),)).module()
         optimized = torch.compile(program, dynamic=False)
         with inductor.patch(freezing=True):
-            optimized(_plain(example_input))
+            optimized(plain(example_input))
 
     def run(x: Tensor) -> Any:
-        with torch.no_grad(), _torch_threads(threads):
-            return optimized(_plain(x))
+        with torch.no_grad(), torch_threads(threads):
+            return optimized(plain(x))
 
     return run
 
 
 def onnx_runtime(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """ONNX Runtime's CPU provider, all optimisations on, for exactly this shape."""
-    runtime = _require("onnxruntime", "onnx")
-    state = _require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx")  # its errors have no common base
-    errors = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    program, outputs = _onnx(model, example_input)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors only
-    with _reasons("onnxruntime", (*errors, *_BROKEN)):
-        session = runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        session.run(None, {name: _plain(example_input).numpy()})
-    return lambda x: outputs(session.run(None, {name: _plain(x).numpy()}))
+    program, outputs = to_onnx(model, example_input)
+    arrays = onnx_session(program, threads, "onnxruntime")
+    with reasons("onnxruntime", onnx_errors()):
+        arrays(example_input)
+    return lambda x: outputs(arrays(x))
 
 
 def open_vino(model: nn.Module, example_input: Tensor, threads: int) -> Run:
     """OpenVINO's CPU plug-in in float32 (it would take lower precision by itself), tuned for latency."""
-    openvino = _require("openvino", "openvino")
-    program, outputs = _onnx(model, example_input)
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    with _reasons("openvino", _BROKEN):
-        core = openvino.Core()
-        network = core.compile_model(core.read_model(program), "CPU", options)
-    requests = threading.local()  # a request serves one call at a time
-
-    def run(x: Tensor) -> Any:
-        if not hasattr(requests, "one"):
-            requests.one = network.create_infer_request()
-        found = requests.one.infer({0: _plain(x).numpy()}, share_inputs=True)
-        return outputs([found[port] for port in network.outputs])
-
-    with _reasons("openvino", _BROKEN):
-        run(example_input)
-    return run
+    program, outputs = to_onnx(model, example_input)
+    arrays = openvino_request(program, threads, "openvino")
+    with reasons("openvino", BROKEN):
+        arrays(example_input)
+    return lambda x: outputs(arrays(x))
 
 
 def engine(model: nn.Module, example_input: Tensor, threads: int) -> Run:
@@ -158,12 +143,13 @@ def _tensor_error(found: Tensor, expected: Tensor) -> float:
     return error if error < float("inf") else float("inf")  # NaN too
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
+    """Return ``x`` without gradients and in the common memory format, as runtimes take it."""
     return x.detach().contiguous()
 
 
 @contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
     """PyTorch with so many threads, and afterwards with as many as before."""
     before = torch.get_num_threads()
     if threads == before:
@@ -177,31 +163,108 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def _reasons(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def reasons(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn what a runtime raises into the reason why its path is not available; its warnings are nobody's here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except errors as error:
-        text = str(error).strip()
-        raise PathUnavailable(f"{path}: {type(error).__name__}: {text.splitlines()[0] if text else ''}") from error
+        cause: BaseException = error
+        while (
+            cause.__cause__ is not None
+        ):  # an exporter's own message is how to report a bug; the first error is the reason
+            cause = cause.__cause__
+        lines = str(cause).strip().splitlines()
+        said = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]  # OpenVINO's own places
+        raise PathUnavailable(f"{path}: {type(cause).__name__}: {next(iter([*said, *lines]), '')}") from error
 
 
-def _require(package: str, extra: str) -> Any:
+def require(package: str, extra: str) -> Any:
+    """Import a package of an extra.
+
+    Raises:
+        PathUnavailable: It is not installed; the message names the extra.
+    """
     try:
-        return import_module(package)
+        with warnings.catch_warnings():  # of the package about itself
+            warnings.simplefilter("ignore")
+            return import_module(package)
     except ImportError as error:
         raise PathUnavailable(f"{error.name or package} is not installed: pip install 'mgic[{extra}]'") from error
 
 
-def _onnx(model: nn.Module, example_input: Tensor) -> tuple[bytes, Callable[[Sequence[Any]], Any]]:
-    """The network as ONNX, and what makes its outputs of the arrays that a runtime returns."""
-    _require("onnx", "onnx")
-    _require("onnxscript", "onnx")
-    with _reasons("ONNX export", _BROKEN), torch.no_grad():
+def to_onnx(model: nn.Module, example_input: Tensor, **options: Any) -> tuple[bytes, Outputs]:
+    """Return the network as ONNX, and what makes its outputs of the arrays that a runtime returns.
+
+    Args:
+        model: The network, in eval mode.
+        example_input: What it is traced with.
+        options: Further arguments of ``torch.onnx.export``, such as ``dynamic_shapes``.
+
+    Raises:
+        PathUnavailable: The exporter is not installed, or cannot export this network.
+    """
+    require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    with reasons("ONNX export", BROKEN), torch.no_grad():
         spec: TreeSpec = tree_flatten(model(example_input))[1]
-        program = torch.onnx.export(model, (_plain(example_input),), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, (plain(example_input),), dynamo=True, verbose=False, **options)
         assert program is not None
         serialized = program.model_proto.SerializeToString()
     return serialized, lambda arrays: tree_unflatten([torch.from_numpy(array) for array in arrays], spec)
+
+
+def onnx_errors() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises: its errors have no common base."""
+    state = require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx")
+    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (*own, *BROKEN)
+
+
+def onnx_session(program: bytes, threads: int, name: str) -> Arrays:
+    """Return what runs an ONNX network on ONNX Runtime's CPU provider, all optimisations on.
+
+    Args:
+        program: The network.
+        threads: CPU threads.
+        name: What an error begins with.
+
+    Raises:
+        PathUnavailable: ONNX Runtime is not installed, or does not take the network.
+    """
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only
+    with reasons(name, onnx_errors()):
+        session = runtime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0].name
+    return lambda x: session.run(None, {entry: plain(x).numpy()})
+
+
+def openvino_request(program: object, threads: int, name: str) -> Arrays:
+    """Return what runs a network on OpenVINO's CPU plug-in, in float32 and tuned for latency.
+
+    Args:
+        program: An ONNX network in bytes, or the path of an ``.xml`` file.
+        threads: CPU threads.
+        name: What an error begins with.
+
+    Raises:
+        PathUnavailable: OpenVINO is not installed, or does not take the network.
+    """
+    openvino = require("openvino", "openvino")
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    with reasons(name, BROKEN):
+        core = openvino.Core()
+        network = core.compile_model(core.read_model(program), "CPU", options)
+    requests = threading.local()  # a request serves one call at a time
+
+    def run(x: Tensor) -> list[Any]:
+        if not hasattr(requests, "one"):
+            requests.one = network.create_infer_request()
+        found = requests.one.infer({0: plain(x).numpy()}, share_inputs=True)
+        return [found[port] for port in network.outputs]
+
+    return run

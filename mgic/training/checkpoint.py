@@ -440,10 +440,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         _verify(path, file)
-    return _read_safetensors(path)
+    return read_safetensors(path)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of anybody, shared weights under all their names; no checksum is asked for.
+
+    Raises:
+        CorruptCheckpoint: It is no safetensors file.
+    """
     try:
         with safe_open(path, framework="pt") as archive:
             state = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - no mapping
@@ -575,7 +580,7 @@ def load_start(place: str | Path, new_head: bool = False) -> Start:
         return Start(str(place), weights, origin, new_head)
     if not place.is_file() or place.suffix != ".safetensors":
         raise UserError(f"{place}: neither a run folder nor a .safetensors file")
-    weights = load_weights(place) if _sidecar(place).exists() else _read_safetensors(place)
+    weights = load_weights(place) if _sidecar(place).exists() else read_safetensors(place)
     return Start(str(place), weights, {"sha256": sha256(place)}, new_head)
 
 

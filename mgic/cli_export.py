@@ -1,0 +1,267 @@
+"""The verb ``export``: where the network comes from, its flags, what it prints."""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .errors import Stopped, UserError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .exporting import Artefact, Format
+    from .training import Recipe
+
+EXAMPLES = """  mgic export runs/a --to '[onnx, onnx_int8, openvino]' --out deploy
+  mgic export mgic_resnet50:group_size=32,coarsest=32 --checkpoint weights.safetensors --to '[executorch]' --out deploy
+
+Formats: onnx, onnx_int8, openvino, executorch, torch. Every file is run in its own runtime and held against eager PyTorch
+before it gets its name; one that differs never appears. int8 is calibrated with the training data of the run, or --data."""
+CALIBRATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export.
+
+    Args:
+        name: What the files are called.
+        model: In eval mode.
+        weights: Where its weights are from, in words.
+        input_size: Size of one input.
+        recipe: What it was trained by, if it was.
+        data: What its run noted down about its data, if there was one.
+    """
+
+    name: str
+    model: "nn.Module"
+    weights: str
+    input_size: tuple[int, ...]
+    recipe: "Recipe | None" = None
+    data: dict[str, Any] | None = None
+
+
+def add_export(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument(
+        "source",
+        type=str,
+        help="folder of mgic train or mgic convert, or a network: name, name@SIZE or name:argument=value,...",
+    )
+    parser.add_argument("--to", type=list[str], default=["onnx"], help="formats: '[onnx, openvino]'")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="weights of a named network: a safetensors file")
+    parser.add_argument(
+        "--input_size", type=list[int], default=None, help="'[3, 224, 224]'; the network's own by default"
+    )
+    parser.add_argument(
+        "--max_batch", type=int, default=8, help="most inputs at once, where memory is planned for them"
+    )
+    parser.add_argument("--data", type=str, default=None, help="data set of the calibration; the run's own by default")
+    parser.add_argument("--data_args", type=dict, default={}, help="arguments of --data")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the torchvision data sets")
+    parser.add_argument("--download", action="store_true", help="fetch a missing data set")
+    parser.add_argument("--calibration_samples", type=int, default=256, help="training samples of the calibration")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_export(args: Namespace, given: Sequence[str]) -> int:
+    """Write each format; one that fails is a line, and the others are written all the same."""
+    import torch
+
+    from .exporting import export
+
+    formats = _formats(args.to)
+    _check(args, formats)
+    source = load_source(args)
+    calibrated = any(kind.calibrated for kind in formats.values())
+    calibration = _calibration(source, args) if calibrated else []
+    example = calibration[0] if calibration else torch.randn(2, *source.input_size)
+    made, failed = [], 0
+    for name, kind in formats.items():
+        file = args.out / f"{source.name}{_label(name)}{kind.suffix}"
+        try:
+            with _ended_tidily():
+                made.append(
+                    export(
+                        source.model,
+                        example,
+                        file,
+                        format=name,
+                        calibration=calibration if kind.calibrated else [],
+                        max_batch=args.max_batch,
+                        name=source.name,
+                        weights=source.weights,
+                    )
+                )
+        except (UserError, Stopped) as error:
+            print(f"mgic: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+            failed = failed or getattr(error, "exit_code", 2)
+    if args.json:
+        print(json.dumps([asdict(one) for one in made], indent=2))  # noqa: T201
+    elif made:
+        _show(source, made)
+    return failed
+
+
+def load_source(args: Namespace) -> Source:
+    """Load the network: of a run folder, or by its name, with the weights of ``--checkpoint`` or random ones.
+
+    Raises:
+        UserError: There is no such run or network, or the weights do not fit.
+    """
+    if Path(args.source).is_dir():
+        from .converted import is_converted, load_converted
+        from .models import create_model
+        from .training import load_network
+
+        if args.checkpoint is not None:
+            raise UserError(f"--checkpoint is for a named network; {args.source} is a folder, with weights of its own")
+        if is_converted(args.source):
+            converted = load_converted(args.source)
+            size = tuple(args.input_size or converted.report.after.input_size)
+            return Source(f"{converted.source.rpartition(':')[2]}_converted", converted.model, "converted", size)
+        run = load_network(args.source, create_model)
+        size, recipe = tuple(args.input_size or run.data["input_size"]), run.recipe
+        weights = f"a run of {recipe.model} on {run.data['name'].rpartition('/')[2]}, seed {recipe.seed}"
+        return Source(recipe.model.rpartition(":")[2], run.model, weights, size, recipe, run.data)
+    import torch
+
+    from .benchmarking import Network, random_norms_
+    from .models import build_model
+    from .training.checkpoint import fit_weights, read_safetensors
+
+    network = Network.parse(args.source)
+    torch.manual_seed(0)
+    model = build_model(network.name, network.args)
+    if args.checkpoint is None:
+        weights = "random"
+        random_norms_(model)
+    elif not args.checkpoint.is_file():
+        raise UserError(f"--checkpoint {args.checkpoint}: no such file")
+    else:
+        weights = args.checkpoint.name
+        fit_weights(model, read_safetensors(args.checkpoint), f"{args.checkpoint}: its weights do not fit {network}")
+    config: Any = getattr(model, "pretrained_cfg", {})
+    own = config.get("input_size")
+    if own is not None:
+        channels, *rest = own
+        own = (network.args.get("in_chans", channels), *([network.size] * 2 if network.size else rest))
+    if args.input_size is None and own is None:
+        raise UserError(f"{network.name} says no input size: give --input_size, such as '[3, 1024]' for 1024 points")
+    return Source(network.name, model.eval(), weights, tuple(args.input_size or own))
+
+
+def _formats(names: Sequence[str]) -> "dict[str, Format]":
+    from .exporting import FORMATS
+
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--to must be different formats, got {names}")
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f"there is no format {name!r}{suggest(name, FORMATS)}")
+    return {name: FORMATS[name] for name in names}
+
+
+def _check(args: Namespace, formats: "dict[str, Format]") -> None:
+    """Refuse, before any work, what could not end well."""
+    from .training.checkpoint import check_writable
+
+    for name, kind in formats.items():
+        for package in kind.packages:
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(f"{package} is not installed", name=package)
+        if kind.calibrated and args.data is None and not Path(args.source).is_dir():
+            raise UserError(
+                f"{name} needs calibration data: --data NAME, with samples such as the network was trained on"
+            )
+    if args.data is not None and not any(kind.calibrated for kind in formats.values()):
+        raise UserError("--data is for calibration, and none of these formats needs one")
+    if args.calibration_samples < 1 or args.max_batch < 2:
+        raise UserError(
+            f"--calibration_samples must be 1 or more and --max_batch 2 or more, got {args.calibration_samples} and "
+            f"{args.max_batch}"
+        )
+    if args.input_size is not None and (not args.input_size or min(args.input_size) < 1):
+        raise UserError(f"--input_size must be positive numbers, got {args.input_size}")
+    check_writable(args.out / "model")
+
+
+def _calibration(source: Source, args: Namespace) -> "list[Tensor]":
+    """Random training samples, as the network sees them in training but not augmented."""
+    import torch
+
+    from .data import Augmentation, epoch_order, load_data, padded
+    from .training.checkpoint import different
+
+    if args.data is not None:
+        data = load_data(args.data, args.root, args.download, **args.data_args)
+    else:
+        assert source.recipe is not None
+        assert source.data is not None
+        recipe = source.recipe
+        data = padded(load_data(recipe.data, args.root, args.download, **recipe.data_args), recipe.pad_images)
+        if different(source.data, data.fingerprint()):
+            raise UserError(f"{args.source}: {recipe.data} is not the data it was trained on; name data with --data")
+    if data.input_size != source.input_size:
+        raise UserError(
+            f"{data.name} has inputs of size {list(data.input_size)}, the network's are {list(source.input_size)}; "
+            "give --input_size or other --data"
+        )
+    chosen = torch.split(epoch_order(len(data.train), 0, 0)[: args.calibration_samples], CALIBRATION_BATCH)
+    batches = data.train.training_batches(chosen, Augmentation(), 0, 0, 0)
+    normalize = data.normalizer(torch.device("cpu"))
+    return [normalize(inputs) for inputs, _ in batches]
+
+
+def _label(name: str) -> str:
+    """What tells the files of two formats with one suffix apart: ``_int8``."""
+    _, underscore, kind = name.partition("_")
+    return underscore + kind
+
+
+@contextmanager
+def _ended_tidily() -> Iterator[None]:
+    """Let SIGTERM end the process as SIGINT does: with nothing half written left."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        print("mgic: interrupted; no file was left half written", file=sys.stderr)  # noqa: T201
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show(source: Source, made: "Sequence[Artefact]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(f"{source.name}, input {'x'.join(map(str, source.input_size))}, weights: {source.weights}")
+    table = Table(box=None, pad_edge=False)
+    for name in ("format", "file", "MiB", "convolutions", "error", "dB", "batches"):
+        table.add_column(name, justify="left" if name in ("format", "file", "batches") else "right")
+    for one in made:
+        counts = one.convolutions
+        decibels = "exact" if one.decibels is None else f"{one.decibels:.1f}"
+        found = "?" if counts["found"] is None else f"{counts['found']} of {counts['expected']}"
+        size = f"{one.bytes / 2**20:.2f}"
+        table.add_row(one.format, one.file, size, found, f"{one.error:.1e}", decibels, one.takes)
+    console.print(table)

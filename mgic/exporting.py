@@ -1,0 +1,784 @@
+"""Exported networks: files for other runtimes, each run there and held against eager PyTorch before it gets its name.
+
+A `Format` is how a kind of file is written, loaded and counted; `FORMATS` has them by name, and a `Format` of your own is
+taken as well. Beside a file ``NAME`` stands ``NAME.json``, which says what the file is, how far it is from eager PyTorch, and
+its SHA-256. A file that is not right never appears, and the one that was there before stays.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .counting import cost
+from .errors import Stopped, UserError, suggest
+from .runtime.paths import (
+    BROKEN,
+    PathUnavailable,
+    Run,
+    onnx_errors,
+    onnx_session,
+    openvino_request,
+    plain,
+    reasons,
+    relative_error,
+    require,
+    to_onnx,
+    torch_threads,
+)
+from .training.checkpoint import DiskFull, read_json, write_json
+
+SCHEMA = 1
+TOLERANCE = 1e-4
+"""Largest relative difference from eager PyTorch of a float32 file."""
+DECIBELS = 25.0
+"""Least ratio of signal to error of an int8 file."""
+MANY_GROUPS = 64
+"""Groups above which some converters and compilers make one operation a group."""
+
+
+class Rejected(Stopped):
+    """A file that was not what the network is, and is gone; ``exit_code`` is 1."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a format is to write.
+
+    Args:
+        model: A copy of the network in eval mode, branches merged; the format may change it.
+        example: Two inputs or more, so that an exporter does not take the number of inputs for a constant.
+        calibration: Batches of real inputs; empty where the format needs none.
+        max_batch: Most inputs at once, for formats that plan their memory for it.
+    """
+
+    model: nn.Module
+    example: Tensor
+    calibration: Sequence[Tensor]
+    max_batch: int
+
+    def program(self, most: int | None = None) -> torch.export.ExportedProgram:
+        """Return the network as ``torch.export`` sees it, for any number of inputs, or up to ``most``."""
+        sizes = ({0: torch.export.Dim("batch", min=1, max=most)},)
+        with reasons("torch.export", BROKEN), torch.no_grad():
+            return torch.export.export(self.model, (plain(self.example),), dynamic_shapes=sizes)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Args:
+        suffix: How its name ends.
+        write: Writes a network to a file, and what belongs to it beside it under the same stem.
+        load: ``(file, threads)`` to what runs it: the tensors it returns for an input, in order.
+        convolutions: How many nodes of a file are convolutions; None where nobody can tell.
+        packages: What must be installed.
+        runtime: The module that runs it.
+        tolerance: Largest relative difference from eager PyTorch.
+        decibels: Least ratio of signal to error.
+        calibrated: Whether it needs real inputs. What it writes is then judged on such inputs, not on noise.
+        bounded: Whether a file takes ``max_batch`` inputs at most.
+    """
+
+    suffix: str
+    write: Callable[[Job, Path], object]
+    load: Callable[[Path, int], Callable[[Tensor], Sequence[Tensor]]]
+    convolutions: Callable[[Path], int] | None = None
+    packages: tuple[str, ...] = ()
+    runtime: str = "torch"
+    tolerance: float = TOLERANCE
+    decibels: float = -math.inf
+    calibrated: bool = False
+    bounded: bool = False
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What `export` wrote: the contents of ``NAME.json``.
+
+    Args:
+        format: Name of the format.
+        file: Name of the file.
+        model: Name of the network.
+        weights: Where its weights are from.
+        input_size: Size of one input.
+        batches: Least and most inputs at once; None for no limit.
+        outputs: Names of the outputs where the network returns a dictionary, their number where it returns a list; None for
+            one tensor.
+        params: Trainable parameters of the network.
+        macs: Multiply-adds of one input.
+        error: Largest relative difference from eager PyTorch on all inputs it was tried on.
+        decibels: Least ratio of signal to error on them; None where there was no error.
+        convolutions: Convolutions that the network runs (``expected``) and nodes of the file that are one (``found``). The
+            file has fewer where a convolution of a constant was worked out beforehand.
+        sha256: Of each file.
+        bytes: Of all files together.
+        versions: Of what wrote it.
+        schema: Version of this description.
+    """
+
+    format: str
+    file: str
+    model: str
+    weights: str
+    input_size: tuple[int, ...]
+    batches: tuple[int, int | None]
+    outputs: list[str] | int | None
+    params: int
+    macs: int
+    error: float
+    decibels: float | None
+    convolutions: Mapping[str, int | None]
+    sha256: Mapping[str, str]
+    bytes: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def takes(self) -> str:
+        """The batches it takes, in words."""
+        least, most = self.batches
+        return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def export(
+    model: nn.Module,
+    example_input: Tensor,
+    path: str | Path,
+    *,
+    format: str | Format = "onnx",
+    calibration: Sequence[Tensor] = (),
+    max_batch: int = 8,
+    name: str | None = None,
+    weights: str = "as given",
+) -> Artefact:
+    """Write a network in eval mode for another runtime, and run the file there before it gets its name.
+
+    The file is held against eager PyTorch on the example (or the calibration) and on fresh inputs, one and three at a time:
+    a float32 file may differ by `TOLERANCE` of the largest output, an int8 file must reach `DECIBELS`. Norms behind
+    convolutions are folded, and every convolution of the network, grouped or not, is one node of the file at most.
+
+    Args:
+        model: Any network that takes one tensor and returns one, or a list or dictionary of them; it is left as it is.
+        example_input: A batch of inputs, float32, on the CPU.
+        path: The file; its suffix is the format's.
+        format: A name among `FORMATS`, or a `Format` of your own.
+        calibration: For int8: batches of real inputs of the example's size.
+        max_batch: Most inputs at once, where the format plans memory for them (ExecuTorch).
+        name: What to call the network; by default its class.
+        weights: Where its weights are from, for the description.
+
+    Raises:
+        UserError: If the call makes no sense, a package is missing, or the exporter cannot export this network.
+        Rejected: If the file does not do what the network does. Whatever was at ``path`` before is still there.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = export(nn.Conv2d(4, 8, 3, groups=2), torch.randn(1, 4, 6, 6), f"{folder}/conv.pt2", format="torch")
+        ...     load_artefact(f"{folder}/conv.pt2", threads=1)(torch.randn(5, 4, 6, 6)).shape
+        torch.Size([5, 8, 4, 4])
+        >>> made.takes, made.convolutions
+        ('1 or more', {'expected': 1, 'found': 1})
+    """
+    path, kind = Path(path), _format(format)
+    _check(kind, example_input, path, calibration, max_batch)
+    reference = copy.deepcopy(model).eval()
+    example = example_input.detach().clone()
+    outputs = _structure(_eager(reference, example))
+    macs = cost(reference, example.shape[1:])
+    merged = reparameterize_model(reference)
+    expected = count_convolutions(merged, example[:1])
+    job = Job(merged, example if len(example) > 1 else torch.cat([example, example]), calibration, max_batch)
+    with _workshop(path, merged) as folder:
+        file = folder / path.name
+        try:
+            kind.write(job, file)
+            found = None if kind.convolutions is None else kind.convolutions(file)
+            leaves = kind.load(file, 1)
+            error, decibels = _differences(lambda x: _restore(outputs, leaves(x)), reference, kind, job)
+        except PathUnavailable as reason:
+            raise UserError(f"{path}: not exported: {str(reason).replace(str(file), path.name)}") from reason
+        if found is not None and found > expected:
+            raise Rejected(
+                f"{path}: not exported: {found} convolutions for the network's {expected}; the exporter takes grouped "
+                "convolutions apart, which costs the speed they are there for"
+            )
+        if not (error <= kind.tolerance and decibels >= kind.decibels):
+            limit = f"at most {kind.tolerance:g}" if error > kind.tolerance else f"at least {kind.decibels:g} dB"
+            raise Rejected(
+                f"{path}: not exported: it differs from eager PyTorch by {error:.1e} of the largest output "
+                f"({decibels:.1f} dB); {limit} would do"
+            )
+        files = sorted(folder.iterdir())
+        made = Artefact(
+            format=next((key for key, value in FORMATS.items() if value is kind), path.suffix),
+            file=path.name,
+            model=name or type(model).__name__,
+            weights=weights,
+            input_size=tuple(example.shape[1:]),
+            batches=(1, max_batch if kind.bounded else None),
+            outputs=outputs,
+            params=macs.params,
+            macs=macs.macs,
+            error=error,
+            decibels=decibels if math.isfinite(decibels) else None,
+            convolutions={"expected": expected, "found": found},
+            sha256={one.name: _sha256(one) for one in files},
+            bytes=sum(one.stat().st_size for one in files),
+            versions=_versions(kind.packages),
+        )
+        write_json(folder / _description(path).name, asdict(made))
+    return made
+
+
+def load_artefact(path: str | Path, threads: int = 1) -> Run:
+    """Load an exported file into its runtime: what runs it, called like the network.
+
+    If there is a ``NAME.json`` beside it, the file must be the one it describes. Nothing in a file is executed as Python; a
+    ``.pt2`` file that would make PyTorch do so is refused. The native runtimes read their own formats, and none of them
+    was made for files of strangers.
+
+    Args:
+        path: The file; its suffix tells the runtime.
+        threads: CPU threads of a call; for ExecuTorch, of the whole process.
+
+    Raises:
+        UserError: If there is no such file, it is damaged, or its runtime is not installed or does not take it.
+    """
+    path = Path(path)
+    kind = format_of(path)
+    described = describe_artefact(path)
+    if threads < 1:
+        raise UserError(f"threads must be positive, got {threads}")
+    leaves = kind.load(path, threads)
+    if described is not None:
+        return lambda x: _restore(described["outputs"], leaves(x))
+
+    def run(x: Tensor) -> Any:
+        found = list(leaves(x))
+        return found[0] if len(found) == 1 else found
+
+    return run
+
+
+def describe_artefact(path: Path) -> dict[str, Any] | None:
+    """Read the description beside an exported file, and hold the file against it; None where there is none.
+
+    Raises:
+        UserError: The file is missing or not the one described, or the description is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    place = _description(path)
+    if not place.exists():
+        return None
+    described = read_json(place)
+    known = {one.name for one in Artefact.__dataclass_fields__.values()}
+    if described.get("schema") != SCHEMA or set(described) != known or not isinstance(described["sha256"], dict):
+        raise UserError(f"{place}: no description of an exported file that this version of mgic reads")
+    for name, digest in described["sha256"].items():
+        one = path.parent / Path(name).name
+        if not one.is_file() or _sha256(one) != digest:
+            raise UserError(f"{one}: damaged or of another export: its SHA-256 is not the one in {place.name}")
+    return described
+
+
+def format_of(path: Path) -> Format:
+    """Return the format of a file by its suffix.
+
+    Raises:
+        UserError: No format has it.
+    """
+    for kind in FORMATS.values():
+        if kind.suffix == path.suffix:
+            return kind
+    known = ", ".join(sorted({kind.suffix for kind in FORMATS.values()}))
+    raise UserError(f"{path}: no exported network: its name must end in one of {known}")
+
+
+class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Note the groups of every convolution that is run, and its input channels per group."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.found.append((args[8], args[0].shape[1] // args[8]))
+        return func(*args, **(kwargs or {}))
+
+
+def count_convolutions(model: nn.Module, x: Tensor) -> int:
+    """Count the convolutions a network runs for an input: shared and functional ones as often as they are executed.
+
+    Examples:
+        >>> shared = nn.Conv2d(4, 4, 3, padding=1)
+        >>> count_convolutions(nn.Sequential(shared, nn.ReLU(), shared), torch.ones(1, 4, 6, 6))
+        2
+    """
+    counter = _Convolutions()
+    with torch.no_grad(), counter:
+        model(x)
+    most = max((groups for groups, channels in counter.found if channels > 1), default=0)  # depthwise is no trouble
+    if most > MANY_GROUPS:
+        warnings.warn(
+            f"a convolution has {most} groups: some converters and compilers make one operation of each group; "
+            f"at most {MANY_GROUPS} are safe",
+            stacklevel=3,
+        )
+    return len(counter.found)
+
+
+def _format(name: str | Format) -> Format:
+    if isinstance(name, Format):
+        return name
+    if name not in FORMATS:
+        raise UserError(f"there is no format {name!r}{suggest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def _check(kind: Format, example: Tensor, path: Path, calibration: Sequence[Tensor], max_batch: int) -> None:
+    if example.dtype != torch.float32 or example.device.type != "cpu" or example.ndim < 2 or not example.numel():
+        raise UserError(
+            f"example_input must be a float32 batch on the CPU, got {tuple(example.shape)} of {example.dtype} on "
+            f"{example.device}"
+        )
+    if path.suffix != kind.suffix:
+        raise UserError(f"{path}: the name of such a file must end in {kind.suffix}")
+    if max_batch < 2:
+        raise UserError(f"max_batch must be at least 2, got {max_batch}")
+    for package in kind.packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"{package} is not installed", name=package)
+    if kind.calibrated and not calibration:
+        raise UserError(f"{path}: int8 needs calibration: batches of real inputs, such as the network was trained on")
+    for batch in calibration:
+        if batch.dtype != torch.float32 or batch.shape[1:] != example.shape[1:] or not batch.numel():
+            raise UserError(
+                f"calibration must be float32 batches of size {tuple(example.shape[1:])}, got {tuple(batch.shape)} of "
+                f"{batch.dtype}"
+            )
+
+
+def _eager(model: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        return model(x)
+
+
+def _structure(value: Any) -> list[str] | int | None:
+    """What is kept of the structure of a network's output, see `Artefact`."""
+    if isinstance(value, Tensor):
+        return None
+    leaves = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(leaves, list | tuple) or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise UserError(
+            f"a network to export returns a tensor, or a list or dictionary of them, not {type(value).__name__}"
+        )
+    return list(value) if isinstance(value, dict) else len(leaves)
+
+
+def _restore(outputs: list[str] | int | None, leaves: Sequence[Tensor]) -> Any:
+    if outputs is None:
+        return leaves[0]
+    return dict(zip(outputs, leaves, strict=True)) if isinstance(outputs, list) else list(leaves)
+
+
+def signal_to_error(found: Any, expected: Any) -> float:
+    """Return the energy of the expected outputs over that of the differences, in decibels; infinite where they are equal.
+
+    Examples:
+        >>> round(signal_to_error(torch.tensor([3.0, 4.1]), torch.tensor([3.0, 4.0])))
+        34
+    """
+    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return -math.inf
+    signal = sum(float(b.double().square().sum()) for _, b in pairs)
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    if not error:
+        return math.inf
+    return 10 * math.log10(signal / error) if 0 < error < math.inf and signal else -math.inf  # NaN too
+
+
+def _differences(run: Run, reference: nn.Module, kind: Format, job: Job) -> tuple[float, float]:
+    """Largest relative error and least decibels over all inputs a file is tried on."""
+    errors, decibels = [0.0], [math.inf]
+    broken = onnx_errors() if "onnxruntime" in kind.packages else BROKEN
+    for x in _trials(kind, job):
+        with reasons(f"its runtime does not take {len(x)} input(s)", broken):
+            found = run(x)
+        expected = _eager(reference, x)
+        errors.append(relative_error(found, [*expected] if isinstance(expected, tuple) else expected))
+        decibels.append(signal_to_error(found, expected))
+    return max(errors), min(decibels)
+
+
+def _trials(kind: Format, job: Job) -> Iterator[Tensor]:
+    """The inputs a file is tried on: known ones, then fresh ones, one, three and as many as it takes.
+
+    Fresh inputs are noise; where a file was calibrated, mixtures of pairs of real inputs, for its ranges are theirs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    known = torch.cat(list(job.calibration)) if kind.calibrated else job.example
+    sizes = dict.fromkeys([1, 3, job.max_batch] if kind.bounded else [1, 3])
+    for size in sizes:
+        yield known[: min(size, job.max_batch)]
+        if not kind.calibrated:
+            yield torch.randn(size, *known.shape[1:], generator=generator)
+            continue
+        pairs = torch.randint(len(known), (2, size), generator=generator)
+        share = torch.rand(size, *[1] * (known.ndim - 1), generator=generator)
+        yield share * known[pairs[0]] + (1 - share) * known[pairs[1]]
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in ("mgic", "torch", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # mgic run from its sources
+            continue
+    return found
+
+
+@contextmanager
+def _workshop(path: Path, model: nn.Module) -> Iterator[Path]:
+    """A folder beside ``path`` whose files move there when the block ends well; it is gone in every case.
+
+    The description moves last: between two renames, the description that is there does not fit, and loading says so.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".tmp-*-{path.name}"):
+        if not _alive(int(stale.name.split("-")[1])):  # of a process that was killed
+            shutil.rmtree(stale)
+    needed = 65_536 + sum(2 * t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if shutil.disk_usage(path.parent).free < needed:
+        raise DiskFull(path.parent, needed, shutil.disk_usage(path.parent).free)
+    folder = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    try:
+        folder.mkdir()
+        yield folder
+        for one in sorted(folder.iterdir(), key=lambda one: one.name == _description(path).name):
+            with one.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(one, path.with_name(one.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if sys.platform == "win32":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _onnx_program(job: Job) -> bytes:
+    names = _structure(_eager(job.model, job.example))
+    labels = names if isinstance(names, list) else [f"output{i}" for i in range(names)] if names else ["output"]
+    sizes = ({0: torch.export.Dim("batch")},)
+    return to_onnx(job.model, job.example, dynamic_shapes=sizes, input_names=["input"], output_names=labels)[0]
+
+
+def write_onnx(job: Job, file: Path) -> None:
+    """ONNX, float32, any number of inputs."""
+    file.write_bytes(_onnx_program(job))
+
+
+def write_onnx_int8(job: Job, file: Path) -> None:
+    """ONNX, int8: static quantisation of weights (per channel) and features, ranges from the calibration.
+
+    Pointwise convolutions of a difference stay in float32: these are the prolongations of the multigrid cycle. A norm behind
+    one, folded into it, makes of a small correction what is added to the features, and of its rounding too: of a trained
+    network of the digits, 9.9 dB were left with them in int8 and 31.9 dB without.
+    """
+    quantization = require("onnxruntime.quantization", "onnx")
+    preparation = require("onnxruntime.quantization.shape_inference", "onnx")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        batches = iter(job.calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"input": plain(batch).numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, reasons("int8", onnx_errors()):
+        plain_file, prepared = Path(folder, "float32.onnx"), Path(folder, "prepared.onnx")
+        plain_file.write_bytes(_onnx_program(job))
+        preparation.quant_pre_process(str(plain_file), str(prepared), skip_symbolic_shape=True)
+        kept = _prolongations(require("onnx", "onnx").load(str(prepared)).graph)
+        quantization.quantize_static(str(prepared), str(file), Reader(), per_channel=True, nodes_to_exclude=kept)
+
+
+def _prolongations(graph: Any) -> list[str]:
+    """Names of the 1x1 convolutions whose input is a difference."""
+    differences = {name for node in graph.node if node.op_type == "Sub" for name in node.output}
+    points = {one.name for one in graph.initializer if all(size == 1 for size in one.dims[2:])}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Conv" and node.input[0] in differences and node.input[1] in points
+    ]
+
+
+def load_onnx(file: Path, threads: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Run by ONNX Runtime."""
+    run = onnx_session(file.read_bytes(), threads, f"{file}: onnxruntime")
+    return lambda x: [torch.from_numpy(array) for array in run(x)]
+
+
+def count_onnx(file: Path) -> int:
+    """Nodes of an ONNX file that are convolutions."""
+    with reasons(str(file), BROKEN):
+        graph = require("onnx", "onnx").load(str(file)).graph
+    return sum(node.op_type in ("Conv", "ConvTranspose") for node in graph.node)
+
+
+def write_openvino(job: Job, file: Path) -> None:
+    """OpenVINO's ``.xml`` and ``.bin``, float32, any number of inputs."""
+    openvino = require("openvino", "openvino")
+    with reasons("OpenVINO export", BROKEN):
+        network = openvino.Core().read_model(_onnx_program(job))
+        openvino.save_model(network, str(file), compress_to_fp16=False)
+
+
+def load_openvino(file: Path, threads: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Run by OpenVINO's CPU plug-in, in float32."""
+    run = openvino_request(str(file), threads, f"{file}: openvino")
+    return lambda x: [torch.from_numpy(array) for array in run(x)]
+
+
+def count_openvino(file: Path) -> int:
+    """Nodes of an OpenVINO file that are convolutions."""
+    with reasons(str(file), BROKEN):
+        network = require("openvino", "openvino").Core().read_model(str(file))
+    return sum("Convolution" in node.get_type_name() for node in network.get_ops())
+
+
+def write_executorch(job: Job, file: Path) -> None:
+    """ExecuTorch for XNNPACK, float32, up to ``max_batch`` inputs: its memory is planned for that many."""
+    edge = require("executorch.exir", "executorch")
+    xnnpack = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    with reasons("ExecuTorch export", BROKEN):
+        program = edge.to_edge_transform_and_lower(
+            job.program(job.max_batch), partitioner=[xnnpack.XnnpackPartitioner()]
+        )
+        file.write_bytes(program.to_executorch().buffer)
+
+
+def load_executorch(file: Path, threads: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Run by ExecuTorch's own runtime."""
+    runtime = require("executorch.runtime", "executorch")
+    binding = require("executorch.extension.pybindings.portable_lib", "executorch")
+    contents = _whole_pte(file)
+    if binding._threadpool_get_thread_count() != threads:
+        binding._unsafe_reset_threadpool(threads)
+    with reasons(f"{file}: executorch", BROKEN):
+        program = runtime.Runtime.get().load_program(contents)
+        method = program.load_method("forward")
+
+    def run(x: Tensor, program: Any = program) -> list[Tensor]:  # the program's memory is the method's
+        return list(method.execute([plain(x)]))  # copies: the next call leaves them alone
+
+    return run
+
+
+def _whole_pte(file: Path) -> bytes:
+    """Read a ``.pte`` file, refusing one that is cut off: the runtime would read beyond its end."""
+    reader = require("executorch.exir._serialize._program", "executorch")
+    contents = file.read_bytes()
+    with reasons(f"{file}: executorch", BROKEN):
+        header = reader._get_extended_header(contents)
+        if contents[4:6] != b"ET" or header is None:
+            raise ValueError("not a .pte file")
+        if len(contents) < max(header.program_size, header.segment_base_offset + header.segment_data_size):
+            raise ValueError("the file ends too early")
+    return contents
+
+
+def count_executorch(file: Path) -> int:
+    """Convolutions of an ExecuTorch file: nodes of XNNPACK's graphs, and calls of the portable kernel."""
+    program = (
+        require("executorch.exir._serialize._program", "executorch").deserialize_pte_binary(_whole_pte(file)).program
+    )
+    found = 0
+    for plan in program.execution_plan:
+        for delegate in plan.delegates:
+            found += _count_xnnpack(bytes(program.backend_delegate_data[delegate.processed.index].data))
+        names = [one.name for one in plan.operators]
+        calls = (step.instr_args for chain in plan.chains for step in chain.instructions)
+        found += sum(names[call.op_index] == "aten::convolution" for call in calls if hasattr(call, "op_index"))
+    return found
+
+
+def _count_xnnpack(payload: bytes) -> int:
+    """Convolutions of one of XNNPACK's graphs, which is a flatbuffer with its own header."""
+    serializer = require("executorch.backends.xnnpack.serialization.xnnpack_graph_serialize", "executorch")
+    flatbuffer = require("executorch.exir._serialize._flatbuffer", "executorch")
+    header = serializer.XNNHeader.from_bytes(payload[: serializer.XNNHeader.EXPECTED_LENGTH])
+    with tempfile.TemporaryDirectory() as folder:
+        schema, graph = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
+        schema.write_bytes(serializer._get_schema_bytes())
+        graph.write_bytes(payload[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
+        flatbuffer._flatc_decompile(folder, str(schema), str(graph), ["--raw-binary"])
+        text = graph.with_suffix(".json").read_text(encoding="utf-8")  # no JSON: it has numbers like -inf
+    return len(re.findall(r'"xnode_union_type": "XNN(?:Conv2d|DepthwiseConv2d|ConvTranspose2d)"', text))
+
+
+def write_torch(job: Job, file: Path) -> None:
+    """``torch.export``'s ``.pt2``, float32, any number of inputs; norms stay as they are."""
+    contents = io.BytesIO()
+    torch.export.save(job.program(), contents)
+    file.write_bytes(contents.getvalue())
+
+
+def load_torch(file: Path, threads: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Run by PyTorch, as the file's own code."""
+    module = _torch_program(file).module()
+
+    def run(x: Tensor) -> list[Tensor]:
+        with torch.no_grad(), torch_threads(threads):
+            return tree_leaves(module(plain(x)))
+
+    return run
+
+
+def count_torch(file: Path) -> int:
+    """Nodes of a ``.pt2`` file that are convolutions."""
+    names = (str(node.target) for node in _torch_program(file).graph.nodes if node.op == "call_function")
+    return sum(bool(re.match(r"aten\.(conv\d|conv_transpose\d|convolution)", name)) for name in names)
+
+
+_ARCHIVE = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt"
+    r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+)
+_SIZE = re.compile(
+    r"(\b(Symbol|Integer|Add|Mul|Pow|Max|Min|Mod|FloorDiv|positive|nonnegative|integer|True|False)\b|'[su]\d+'"
+    r"|\b[su]\d+\b|[\d\s(),=*+/-])*"
+)
+
+
+def _torch_program(file: Path) -> torch.export.ExportedProgram:
+    """Read a ``.pt2`` file that is data alone.
+
+    ``torch.export.load`` unpickles what the file marks as pickled, without limits; it falls back to that for the sample
+    inputs; it evaluates sizes and guards as Python (torch 2.15). So only what is none of these is handed to it, in an archive
+    of what was looked at.
+    """
+    clean = io.BytesIO()
+    with reasons(str(file), (*BROKEN, OSError, EOFError, zipfile.BadZipFile)):
+        with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copied:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise ValueError("two parts have the same name")
+            for name in names:
+                part, contents = name.partition("/")[2], archive.read(name)
+                _refuse_code(part, contents)
+                copied.writestr(name, contents)
+        clean.seek(0)
+        with _silent("torch.export"):
+            return torch.export.load(clean)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Keep a logger from printing what the error that follows says."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _refuse_code(part: str, contents: bytes) -> None:
+    if not _ARCHIVE.fullmatch(part):
+        raise UserError(f"{part} is no part of a network that mgic exports: it may hold code")
+    if part.endswith("config.json") and any(one["use_pickle"] for one in json.loads(contents)["config"].values()):
+        raise UserError(f"{part} asks for pickled weights, which can run code")
+    if part.endswith(".pt"):
+        try:
+            torch.load(io.BytesIO(contents), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{part} holds more than tensors and plain values, which can run code") from error
+    if part.endswith("model.json"):
+        model = json.loads(contents)
+        if model["guards_code"]:
+            raise UserError(f"{part} holds guards, which are code")
+        for size in _values(model, "expr_str"):
+            if not _SIZE.fullmatch(size):
+                raise UserError(f"{part} has the size {size!r}, which is code")
+
+
+def _values(tree: Any, key: str) -> Iterator[Any]:
+    """All values of a key in nested JSON."""
+    if isinstance(tree, dict):
+        if key in tree:
+            yield tree[key]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from _values(branch, key)
+
+
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", write_onnx, load_onnx, count_onnx, _ONNX, "onnxruntime"),
+    "onnx_int8": Format(
+        *(".onnx", write_onnx_int8, load_onnx, count_onnx, _ONNX, "onnxruntime"),
+        tolerance=math.inf,
+        decibels=DECIBELS,
+        calibrated=True,
+    ),
+    "openvino": Format(
+        ".xml", write_openvino, load_openvino, count_openvino, ("onnx", "onnxscript", "openvino"), "openvino"
+    ),
+    "executorch": Format(
+        ".pte", write_executorch, load_executorch, count_executorch, ("executorch",), "executorch.runtime", bounded=True
+    ),
+    "torch": Format(".pt2", write_torch, load_torch, count_torch),
+}
+"""Every format by name."""
