@@ -23,7 +23,7 @@ from torch import nn
 from mgic.conversion import convert
 from mgic.counting import cost
 from mgic.surgery import Conversion, input_size_of
-from mgic.training.records import make_record, write_record
+from mgic.training.records import make_record, read_record, write_record
 
 CONVERSION = Conversion(group_size=32, coarsest=32)
 FAMILIES = (  # timm's modules of convolutional networks
@@ -131,10 +131,35 @@ def step_at(model: nn.Module, size: tuple[int, ...]) -> dict:
     raise AssertionError("unreachable")
 
 
+def markdown(record: dict) -> str:
+    """The table of the documentation."""
+    done = [row for row in record["rows"] if "rows" in row]
+    lines = [
+        "# Coverage of conversion",
+        "",
+        f"`mgic.convert(model, Conversion(group_size={CONVERSION.group_size}, coarsest={CONVERSION.coarsest}))` on "
+        f"{len(done)} networks of torchvision and timm: {int(record['metrics']['crashes']['mean'])} crashes. Every weight is in "
+        "a row of each report, every report's cost is that of `mgic.cost`, a training step of every converted network is finite, "
+        "and every parameter that conversion made gets a gradient. The record, with the reasons of what was kept, is "
+        "`results/conversion-coverage.json`. Transformers come back unchanged: their layers are linear (`linear=True` replaces "
+        "them).",
+        "",
+        "| network | blocks | convolutions | kept | parameters, M | | MACs, M | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in done:
+        params, macs = ((row[key] / 1e6, row[f"{key}_after"] / 1e6) for key in ("params", "macs"))
+        cells = (row["network"], row["block"], row["conv"], row["kept"])
+        sizes = (f"{params[0]:.2f}", f"{params[1]:.2f}", f"{macs[0]:,.0f}", f"{macs[1]:,.0f}")
+        lines.append("| " + " | ".join(map(str, (*cells, *sizes))) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of finished networks: the same call continues")
     parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--table", type=Path, default=None, help="Markdown of the record, for docs/coverage.md")
     parser.add_argument("--only", nargs="*", default=None, help="these networks only, nothing recorded")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -169,6 +194,8 @@ def main() -> None:
     ]
     command = "python benchmarks/conversion_coverage.py --out RUN --record results/conversion-coverage.json"
     write_record(args.record, make_record(command, "random images", [0], metrics, notes, rows=[*crashes, *done]))
+    if args.table:
+        args.table.write_text(markdown(read_record(args.record)))
     print({name: values[0] for name, values in metrics.items()})
 
 
