@@ -138,11 +138,11 @@ def markdown(record: dict) -> str:
         "# Coverage of conversion",
         "",
         f"`mgic.convert(model, Conversion(group_size={CONVERSION.group_size}, coarsest={CONVERSION.coarsest}))` on "
-        f"{len(done)} networks of torchvision and timm: {int(record['metrics']['crashes']['mean'])} crashes. Every weight is in "
-        "a row of each report, every report's cost is that of `mgic.cost`, a training step of every converted network is finite, "
-        "and every parameter that conversion made gets a gradient. The record, with the reasons of what was kept, is "
-        "`results/conversion-coverage.json`. Transformers come back unchanged: their layers are linear (`linear=True` replaces "
-        "them).",
+        f"{len(done)} networks of torchvision and timm: {int(record['metrics']['crashes']['mean'])} crashes. Every weight is "
+        "in a row of each report, the report's cost is that of `mgic.cost`, a training step of the converted network is "
+        "finite, and every parameter that conversion made gets a gradient. The record, with the reasons of what was kept, is "
+        "`results/conversion-coverage.json`. Transformers come back unchanged: their layers are linear (`linear=True` "
+        "replaces them).",
         "",
         "| network | blocks | convolutions | kept | parameters, M | | MACs, M | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
