@@ -3,12 +3,13 @@
 For a budget of parameters, multiply-adds or milliseconds a network is cut into stages, by the resolution of its features.
 Every stage gets one setting; the settings are those that stay within the budget and shrink the stages as evenly as they can:
 the sum over stages of (share of the cost) times (log of the remaining part) is largest. With some dozens of settings and a
-few stages the best choice is found exactly. Parameters and multiply-adds are counted; milliseconds are measured, layer by
-layer, on the machine that will run the network.
+few stages the best choice is found, to within 1/20,000 of the cost. Parameters and multiply-adds are counted; milliseconds
+are measured, layer by layer, on the machine that will run the network.
 """
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +20,21 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .runtime.accelerate import accelerate
-from .surgery import Conversion, Report, Row, Survey, Where, apply_, input_size_of, made, plan, refuse
+from .surgery import (
+    Conversion,
+    Report,
+    Row,
+    Survey,
+    Where,
+    apply_,
+    checked_size,
+    copied,
+    input_size_of,
+    made,
+    plan,
+    rebuild_,
+    refuse,
+)
 
 DEFAULT = Conversion()
 """Groups of 32, down to 64 channels, residual blocks whole."""
@@ -63,14 +78,21 @@ def convert_(
     optimizer: torch.optim.Optimizer | None = None,
     input_size: Sequence[int] | None = None,
     dry_run: bool = False,
-    **target: Any,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    target_ms: float | None = None,
+    threads: int = 1,
+    time: Time | None = None,
 ) -> Report:
     """Put multigrid into a network, in place.
 
     New layers start with random weights, drawn as widely as those they replace were spread, and can be fitted to them by
     `mgic.warm_start_`; norms inside a block keep the first channels of theirs. Nothing is replaced that would not become
-    cheaper in parameters and multiply-adds. Where the converted network does not run, the kind of module that broke it is
-    kept, and its row says so.
+    cheaper in parameters and multiply-adds. Where the converted network does not run, the layers that broke it are kept, and
+    their rows say so.
+
+    With a target, each stage gets a setting of its own, group sizes up to 64 and coarsest widths up to 128; of ``conversion``
+    only ``blocks`` and ``linear`` count.
 
     Args:
         model: Any network.
@@ -79,92 +101,77 @@ def convert_(
         optimizer: An optimizer of the network: refused if it holds parameters that would be replaced.
         input_size: Size of one input without the batch; see `input_size_of`.
         dry_run: Only report.
-        target: One of ``target_params``, ``target_macs`` and ``target_ms``: choose the settings of each stage so that the
-            network stays within this budget; see `convert_within_`.
+        target_params: Most trainable parameters.
+        target_macs: Most multiply-adds of one input.
+        target_ms: Milliseconds of one call on one input, in the fastest runtime found here; met within 5 % where it can be:
+            ``report.budget`` says what was measured.
+        threads: CPU threads for ``target_ms``.
+        time: For ``target_ms``, measures one call of a module; by default in the fastest path of `mgic.accelerate`.
 
     Raises:
         UserError: The network is compiled, scripted, quantised or wrapped, does not run on inputs of this size, or the
-            optimizer holds parameters that would be replaced.
+            optimizer holds parameters that would be replaced. More than one target is given, it is not a positive number, or
+            no setting meets it.
 
     Examples:
         >>> from mgic.blocks import BasicBlock
-        >>> report = convert_(BasicBlock(64), Conversion(group_size=8, coarsest=16), input_size=(64, 8, 8))
-        >>> print(report.rows[0].action, report.rows[0].widths, report.after.params)
-        block (64, 32, 16) 19840
+        >>> model = nn.Sequential(BasicBlock(64))
+        >>> report = convert_(model, Conversion(group_size=8, coarsest=16), input_size=(64, 8, 8))
+        >>> print(type(model[0]).__name__, report.rows[0].widths, report.after.params)
+        MGICBlock (64, 32, 16) 19840
     """
-    if target:
-        options: dict[str, Any] = {"where": where, "optimizer": optimizer, "input_size": input_size, "dry_run": dry_run}
-        return convert_within_(model, conversion, **options, **target)
-    return apply_(model, lambda name: conversion, where, optimizer, input_size, dry_run)
+    targets = {"params": target_params, "macs": target_macs, "ms": target_ms}
+    given = {unit: value for unit, value in targets.items() if value is not None}
+    if not given:
+        report = apply_(model, lambda name: conversion, where, optimizer, input_size, dry_run)
+    else:
+        refuse(model)
+        unit, target = _target(given)
+        size = input_size_of(model) if input_size is None else checked_size(input_size)
+        survey = Survey(model, size)
+        table = _Table(survey, conversion, where)
+        timed = unit == "ms"
+        found = _within_time(model, table, target, threads, time) if timed else _within_count(table, unit, target)
+        report = apply_(model, table.chooser(found["choices"]), where, optimizer, size, dry_run=True)
+        if not timed:
+            found["measured"] = getattr(report.after, unit)
+            if found["measured"] > target:
+                kept = [row.name for row in report.rows if row.reason.startswith("the network does not run")]
+                raise UserError(f"target_{unit}={target:,.6g} cannot be met: {', '.join(kept[:3])} cannot be replaced")
+        found["choices"] = [asdict(choice) for choice in found["choices"]]
+        report = replace(report, budget=found)
+        if not dry_run:
+            rebuild_(model, report.layers)
+    if not dry_run and not report.layers:
+        warnings.warn("nothing was replaced: the rows of the report say why", stacklevel=2)
+    return report
 
 
 def convert(model: nn.Module, conversion: Conversion = DEFAULT, **options: Any) -> tuple[nn.Module, Report]:
     """Return a converted copy and the report; arguments as of `convert_`. The network itself is left as it is."""
     refuse(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     return twin, convert_(twin, conversion, **options)
 
 
-def convert_within_(
-    model: nn.Module,
-    conversion: Conversion,
-    *,
-    target_params: int | None = None,
-    target_macs: int | None = None,
-    target_ms: float | None = None,
-    where: Where | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    input_size: Sequence[int] | None = None,
-    dry_run: bool = False,
-    threads: int = 1,
-    time: Time | None = None,
-) -> Report:
-    """Convert a network in place so that it stays within a budget; `convert_` with a ``target_`` calls this.
-
-    Group sizes up to 64 and coarsest widths up to 128 are tried for each stage; those of ``conversion`` are not used, but
-    whether blocks and linear layers are replaced is.
-
-    Args:
-        model: Any network.
-        conversion: ``blocks`` and ``linear``.
-        target_params: Most trainable parameters.
-        target_macs: Most multiply-adds of one input.
-        target_ms: Milliseconds of one call on one input, in the fastest runtime found here.
-        where: Whether a block or layer may be replaced.
-        optimizer: Refused if it holds parameters that would be replaced.
-        input_size: Size of one input without the batch.
-        dry_run: Only report (with ``target_ms`` layers are measured all the same).
-        threads: CPU threads for ``target_ms``.
-        time: Measures one call of a module; by default in the fastest path of `mgic.accelerate`.
-
-    Raises:
-        UserError: Not exactly one target is given, it is not positive, or no setting meets it.
-    """
-    targets = {"params": target_params, "macs": target_macs, "ms": target_ms}
-    given = {name: value for name, value in targets.items() if value is not None}
+def _target(given: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the unit and the value of the one target that is given."""
     if len(given) != 1:
         raise UserError(f"give one of target_params, target_macs and target_ms, got {len(given)} of them")
     ((unit, target),) = given.items()
-    if not target > 0 or not math.isfinite(target):
-        raise UserError(f"target_{unit} must be positive, got {target}")
-    size = input_size_of(model) if input_size is None else tuple(input_size)
-    survey = Survey(model, size)
-    table = _Table(survey, conversion, where)
-    if unit == "ms":
-        found = _within_time(model, table, target, threads, time)
-    else:
-        before = survey.cost.params if unit == "params" else survey.cost.macs
-        after = "params_after" if unit == "params" else "macs_after"
-        options = table.options(lambda row, done: getattr(row, after if done else unit))
-        fixed = before - sum(options[None].values())
-        found = {"unit": unit, "target": target, "before": before}
-        found["choices"] = _choose(options, fixed, target, f"target_{unit}")
-        found["predicted"] = fixed + sum(choice.after for choice in found["choices"])
-    report = apply_(model, table.chooser(found["choices"]), where, optimizer, size, dry_run)
-    if unit != "ms":
-        found["measured"] = report.after.params if unit == "params" else report.after.macs
-    found["choices"] = [asdict(choice) for choice in found["choices"]]
-    return replace(report, budget=found)
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < math.inf:
+        raise UserError(f"target_{unit} must be a positive number, got {target!r}")
+    return unit, target
+
+
+def _within_count(table: "_Table", unit: str, target: float) -> dict[str, Any]:
+    """Choose by counted parameters or multiply-adds."""
+    before = getattr(table.survey.cost, unit)
+    options = table.options(lambda row, done: getattr(row, f"{unit}_after" if done else unit))
+    fixed = before - sum(options[None].values())
+    choices = _choose(options, fixed, target, f"target_{unit}")
+    predicted = fixed + sum(choice.after for choice in choices)
+    return {"unit": unit, "target": target, "before": before, "choices": choices, "predicted": predicted}
 
 
 class _Table:
@@ -266,15 +273,19 @@ def _frontier(
     """Drop states that another one beats; of those within 1/20,000 of the total cost, keep the best."""
     kept: list[tuple[float, float, tuple[Conversion | None, ...]]] = []
     for state in sorted(states, key=lambda s: (s[0], -s[1])):
-        if not kept or state[1] > kept[-1][1]:
-            if kept and state[0] - kept[-1][0] < total / 20_000 and len(kept) > 1:
-                continue
-            kept.append(state)
+        if kept and state[1] <= kept[-1][1]:
+            continue
+        if len(kept) > 1 and int(20_000 * state[0] / total) == int(20_000 * kept[-1][0] / total):
+            kept.pop()  # a better one that costs the same, but for the last digits
+        kept.append(state)
     return kept
 
 
 def _within_time(model: nn.Module, table: _Table, target: float, threads: int, time: Time | None) -> dict[str, Any]:
     """Choose by measured times of layers, measure what was chosen, correct the table by it, choose again."""
+    others = {f"{p.dtype} on {p.device}" for p in model.parameters()} - {"torch.float32 on cpu"}
+    if others:
+        raise UserError(f"target_ms measures float32 networks on the CPU, this one is {', '.join(sorted(others))}")
     x = torch.randn(1, *table.survey.size)
     path = "given"
     if time is None:
@@ -339,11 +350,14 @@ class _Times:
         module = self.modules[row.name]
         if after:
             module = made(row, module)
-        key = f"{call.inputs} {module!r}"
-        if key not in self.cache:
-            self.cache[key] = self.time(copy.deepcopy(module).eval(), torch.randn(call.inputs))
-            self.seen[(row.name, row.group_size, row.coarsest) if after else (row.name, 0, 0)] = self.cache[key]
-        return call.times * self.cache[key]
+        total = 0.0
+        for inputs, times in call.seen.items():
+            key = f"{inputs} {module!r}"
+            if key not in self.cache:
+                self.cache[key] = self.time(copy.deepcopy(module).eval(), torch.randn(inputs or ()))
+                self.seen[(row.name, row.group_size, row.coarsest) if after else (row.name, 0, 0)] = self.cache[key]
+            total += times * self.cache[key]
+        return total
 
 
 def _fastest(model: nn.Module, x: Tensor, threads: int) -> tuple[str, float]:

@@ -37,9 +37,16 @@ class Converted:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Arguments that make `mgic.create_model` build the converted network."""
-        layers = [{**layer, "pooled": list(layer["pooled"])} for layer in self.report.layers]
-        return {**self.arguments, "conversion": {"layers": layers}}
+        """Arguments that make `mgic.create_model` build the converted network.
+
+        Raises:
+            UserError: The source was itself converted, by rule and not layer by layer.
+        """
+        before = dict(self.arguments).pop("conversion", {"layers": []})
+        if "layers" not in before:
+            raise UserError(f"{self.source} was built with conversion={before}: convert the network without it")
+        layers = [{k: list(v) if isinstance(v, tuple) else v for k, v in layer.items()} for layer in self.report.layers]
+        return {**self.arguments, "conversion": {"layers": [*before["layers"], *layers]}}
 
 
 def save_converted(folder: Path, converted: Converted) -> None:
@@ -47,13 +54,16 @@ def save_converted(folder: Path, converted: Converted) -> None:
 
     Raises:
         OSError: The folder cannot be written.
+        UserError: What is written would not give back the network.
     """
+    recipe = {"model": converted.source, "model_args": converted.model_args}
+    twin = create_model(converted.source, **converted.model_args)
+    fit_weights(twin, converted.model.state_dict(), "the network cannot be built again")
     folder.mkdir(parents=True, exist_ok=True)
     report = json.loads(converted.report.to_json())
     known = {"schema": SCHEMA, "source": converted.source, "arguments": dict(converted.arguments), "report": report}
     save_weights(folder / WEIGHTS, converted.model)
     write_text(folder / PAGE, conversion_page(converted.report))
-    recipe = {"model": converted.source, "model_args": converted.model_args}
     write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     write_json(folder / FILE, known)  # last: a folder with this file is whole
 

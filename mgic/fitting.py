@@ -55,6 +55,8 @@ def warm_start_(
     layer after the other, each is trained for ``steps`` steps of Adam to return what the dense layer returns in the dense
     network, from what the converted network feeds it, so that errors are made good further on.
 
+    Linear layers (`MGICLinear`) are left as they are.
+
     Args:
         model: The converted network, as `mgic.convert` returned it.
         dense: The trained network itself; left as it is.
@@ -69,15 +71,21 @@ def warm_start_(
     Raises:
         UserError: There are no batches, or nothing in the network stands for a layer of the dense one.
     """
-    images = [x.detach() for x in batches]
+    images = list(batches)
     if not images or not all(isinstance(x, Tensor) and x.numel() for x in images):
-        raise UserError("a warm start needs calibration data: batches of inputs of the network")
+        raise UserError("a warm start needs calibration data: batches of inputs of the network, tensors alone")
+    like = next(dense.parameters(), images[0])
+    for x in images:
+        if x.dtype != like.dtype or x.device != like.device:
+            raise UserError(f"calibration data is {x.dtype} on {x.device}, the network {like.dtype} on {like.device}")
+        if not x.isfinite().all():
+            raise UserError("calibration data holds a number that is not finite")
     if steps < 0 or lr <= 0:
         raise UserError(f"steps={steps} must not be negative and lr={lr} must be positive")
     names = _replaced(model, dense)
     generator = torch.Generator().manual_seed(seed)
     fits = []
-    with _evaluating(model, dense):
+    with _evaluating(model, dense), torch.enable_grad():
         for name in names:
             new, old = model.get_submodule(name), dense.get_submodule(name)
             seen = _features(dense, name, images)
@@ -108,11 +116,11 @@ def fit_convolution_(layer: MGICConv, weight: Tensor, moments: Tensor | None = N
     if tuple(weight.shape) != shape:
         raise UserError(f"the kernel of shape {tuple(weight.shape)} is not that of the layer, {shape}")
     if moments is None:
-        moments = torch.eye(shape[1])
+        moments = torch.eye(shape[1], device=weight.device)
     if tuple(moments.shape) != (shape[1], shape[1]):
         raise UserError(f"moments of shape {tuple(moments.shape)} are not those of {shape[1]} channels")
-    W, C = weight.detach().double().flatten(2), moments.detach().double()
-    C = C + 1e-6 * C.diagonal().mean().clamp_min(1e-30) * torch.eye(len(C), dtype=C.dtype)
+    W, C = weight.detach().double().flatten(2), moments.detach().double().to(weight.device)
+    C = C + 1e-6 * C.diagonal().mean().clamp_min(1e-30) * torch.eye(len(C), dtype=C.dtype, device=C.device)
     with torch.no_grad():
         found = _fit_level(layer, 0, W, C, sweeps)
         whole = _energy(W, C)
@@ -338,10 +346,11 @@ def _reconstruct_(
     layer: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], steps: int, lr: float, generator: torch.Generator
 ) -> None:
     """Train a layer to return the second of each pair for the first; keep what it was where that is no better."""
-    if not steps:
-        return
-    before, error = copy.deepcopy(layer.state_dict()), _error(layer, pairs)
     parameters = [p for p in layer.parameters() if p.requires_grad]
+    if not steps or not parameters:
+        return
+    gradients = [p.grad for p in parameters]
+    before, error = copy.deepcopy(layer.state_dict()), _error(layer, pairs)
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -351,8 +360,8 @@ def _reconstruct_(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    for p in parameters:
-        p.grad = None
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
     if not _error(layer, pairs) < error:
         layer.load_state_dict(before)
 

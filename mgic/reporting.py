@@ -419,7 +419,7 @@ def conversion_page(report: "Report") -> str:
     replaced = sum(row.replaced for row in report.rows)
     summary = (
         f"{replaced} of {len(report.rows)} layers and blocks replaced. Before: {report.before}. After: {report.after}: "
-        f"{report.after.params / report.before.params:.1%} of the parameters, "
+        f"{report.after.params / max(report.before.params, 1):.1%} of the parameters, "
         f"{report.after.macs / max(report.before.macs, 1):.1%} of the multiply-adds."
     )
     return _PAGE.format(
@@ -435,7 +435,7 @@ def conversion_table(report: "Report") -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("layer", "became", "params", "MACs", "levels", "why"):
+    for name in ("layer", "became", "params", "MACs", "channels/group", "why"):
         table.add_column(name, justify="right" if name in ("params", "MACs") else "left")
     for row in report.rows:
         became = row.action if not row.replaced else f"{row.action} {row.group_size}/{row.coarsest}"
@@ -443,5 +443,6 @@ def conversion_table(report: "Report") -> "Table":
             f"{before:,} -> {after:,}" if row.replaced else f"{before:,}"
             for before, after in ((row.params, row.params_after), (row.macs, row.macs_after))
         )
-        table.add_row(row.name or "(the network)", became, params, macs, " ".join(map(str, row.widths)), row.reason)
+        levels = " ".join(f"{width}/{size}" for width, size in zip(row.widths, row.effective, strict=True))
+        table.add_row(row.name or "(the network)", became, params, macs, levels, row.reason)
     return table

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -135,7 +136,7 @@ class Report:
     def layers(self) -> list[dict[str, Any]]:
         """What to replace and how: with the name of the network all that is needed to build it again."""
         return [
-            {name: getattr(row, name) for name in ("name", "action", "group_size", "coarsest", "pooled")}
+            {name: getattr(row, name) for name in ("name", "action", "group_size", "coarsest", "widths", "pooled")}
             for row in self.rows
             if row.replaced
         ]
@@ -182,14 +183,19 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
     Raises:
         UserError: The network has no such layer, or it cannot be replaced as the report says.
     """
+    if not isinstance(layers, list | tuple):
+        raise UserError(f"conversion: layers must be a list of layers, got {type(layers).__name__}")
     modules = dict(model.named_modules())
     for layer in layers:
         try:
             name, action = str(layer["name"]), str(layer["action"])
             settings = int(layer["group_size"]), int(layer["coarsest"])
-            row = Row(name, "", action, "", 0, 0, 0, 0, *settings, pooled=tuple(map(str, layer.get("pooled", ()))))
+            widths, pooled = tuple(map(int, layer["widths"])), tuple(map(str, layer.get("pooled", ())))
+            row = Row(name, "", action, "", 0, 0, 0, 0, *settings, widths, pooled=pooled)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"conversion: a layer has name, action, group_size and coarsest, got {layer!r}") from error
+            raise UserError(
+                f"conversion: a layer has name, action, group_size, coarsest, widths, not {layer!r}"
+            ) from error
         if name not in modules:
             raise UserError(f"conversion: the network has no layer {name!r}; is it the network that was converted?")
         if action not in _MAKERS:
@@ -202,10 +208,22 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
 
 
 def made(row: Row, old: nn.Module) -> nn.Module:
-    """Make what stands in for a module as a row says, on its device, of its type and in its mode."""
+    """Make what stands in for a module as a row says: on its device, of its type, in its mode, frozen where all of it is."""
     like = next(old.parameters())
-    new = _MAKERS[row.action](old, row.group_size, row.coarsest, row.pooled)
-    return new.to(like.device, like.dtype).train(old.training)
+    with torch.device(like.device):
+        new = _MAKERS[row.action](old, row)
+    new.to(like.device, like.dtype).train(old.training)
+    if isinstance(new, MGICBlock):
+        for relax in new.relax:  # a part of a block may be in another mode: frozen norms
+            for one, other in zip(relax.modules(), old.modules(), strict=True):
+                one.training = other.training
+    return _frozen_like(old, new)
+
+
+def _frozen_like(old: nn.Module, new: nn.Module) -> nn.Module:
+    if not any(p.requires_grad for p in old.parameters()):
+        new.requires_grad_(False)
+    return new
 
 
 def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
@@ -238,7 +256,7 @@ def apply_(
         dry_run: Only report.
     """
     refuse(model)
-    size = input_size_of(model) if input_size is None else tuple(input_size)
+    size = input_size_of(model) if input_size is None else checked_size(input_size)
     survey = Survey(model, size)
     planner = _Planner(survey, choose, where or (lambda name, module: True))
     rows, after = planner.finish()
@@ -265,6 +283,33 @@ def input_size_of(model: nn.Module) -> tuple[int, ...]:
     return size if first is None else (first.in_channels, *size[1:])
 
 
+def checked_size(input_size: Sequence[int]) -> tuple[int, ...]:
+    """Return the size of an input as a tuple.
+
+    Raises:
+        UserError: If it is not a sequence of positive integers.
+    """
+    sized = isinstance(input_size, Sequence) and not isinstance(input_size, str)
+    if not sized or not input_size or not all(type(n) is int and n > 0 for n in input_size):
+        raise UserError(f"input_size must be positive integers such as (3, 224, 224), got {input_size!r}")
+    return tuple(input_size)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a network.
+
+    Raises:
+        UserError: If it cannot be copied: it holds a tensor that a calculation made.
+    """
+    try:
+        return copy.deepcopy(model)
+    except _BROKEN as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {_line(error)}); does it hold a tensor that a "
+            "calculation made (an old weight_norm or prune, a stored activation)?"
+        ) from error
+
+
 def _name_of(model: nn.Module) -> str:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
@@ -287,7 +332,7 @@ def refuse(model: nn.Module) -> None:
             "ModelEmaV3",
         ):
             raise UserError(f"{where} wraps a network: convert the network inside (its module), then wrap it")
-        if "quant" in kind.__module__ and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if kind.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torchao.")):
             raise UserError(f"{where} is quantised: convert the network before quantisation")
     integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if integers:
@@ -305,11 +350,17 @@ def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.opti
 
 @dataclass
 class Call:
-    """How a module is called: shapes of its input and output where both are one tensor, and how often."""
+    """How a module is called.
+
+    Args:
+        inputs: Shape of the first input, where every call takes and returns one tensor.
+        output: Shape of the first output, likewise.
+        seen: How often it is called with inputs of each shape.
+    """
 
     inputs: tuple[int, ...] | None
     output: tuple[int, ...] | None
-    times: int = 1
+    seen: Counter[tuple[int, ...] | None] = field(default_factory=Counter)
 
 
 class Survey:
@@ -325,7 +376,7 @@ class Survey:
 
     def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
         self.model, self.size = model, size
-        self.meta = copy.deepcopy(model).to("meta", torch.float32).eval()  # shapes are all that matters
+        self.meta = copied(model).to("meta", torch.float32).eval()  # shapes are all that matters
         self.calls: dict[str, Call] = {}
         self.order: list[str] = []
         counter = FlopCounterMode(display=False)
@@ -338,7 +389,7 @@ class Survey:
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"{type(model).__name__} does not run on inputs of {size}: {type(error).__name__}: "
-                f"{reason[0] if reason else ''}; give input_size="
+                f"{reason[0] if reason else ''}; give input_size= (its program sees shapes here, no values)"
             ) from error
         for handle in handles:
             handle.remove()
@@ -348,13 +399,13 @@ class Survey:
     def _see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
         inputs, shape = (tuple(args[0].shape), tuple(output.shape)) if one else (None, None)
-        if name in self.calls:
-            before = self.calls[name]
-            same = before.inputs is not None and inputs is not None
-            self.calls[name] = Call(before.inputs if same else None, before.output if same else None, before.times + 1)
-            return
-        self.order.append(name)
-        self.calls[name] = Call(inputs, shape)
+        if name not in self.calls:
+            self.order.append(name)
+            self.calls[name] = Call(inputs, shape)
+        call = self.calls[name]
+        if not one:
+            call.inputs = call.output = None
+        call.seen[inputs] += 1
 
 
 def _macs_by_name(counter: FlopCounterMode, model: nn.Module) -> dict[str, int]:
@@ -384,7 +435,7 @@ class _Planner:
         tied = {m for modules in owners.values() if len(modules) > 1 for m in modules}
         self.tied = {name for name, module in originals.items() if module in tied}
         self.heads = _heads(survey)
-        self.broken: dict[type, str] = {}
+        self.broken: dict[str, str] = {}
         self.rows: list[Row] = []
         self.new: dict[str, nn.Module] = {}
 
@@ -392,9 +443,13 @@ class _Planner:
         """Return the rows, and the cost of the converted network."""
         while True:
             self.visit_all()
-            cost = self._run(self.new)
-            if isinstance(cost, Cost):
-                return self.rows, cost
+            macs = self._run(self.new)
+            if isinstance(macs, int):
+                before = self.survey.cost
+                params = before.params + sum(row.params_after - row.params for row in self.rows)
+                return self.rows, Cost(params, macs, before.input_size)
+            if not self.new:
+                raise UserError(f"{type(self.survey.model).__name__} runs once and not again: {macs}")
             self._find_broken()
 
     def visit_all(self) -> None:
@@ -402,8 +457,8 @@ class _Planner:
         self.rows, self.new = [], {}
         self._visit("", self.survey.meta, "")
 
-    def _run(self, new: Mapping[str, nn.Module]) -> Cost | str:
-        """Run the network with modules replaced; return its cost, or what it raised."""
+    def _run(self, new: Mapping[str, nn.Module]) -> int | str:
+        """Run the network with modules replaced; return its multiply-adds, or what it raised."""
         meta = copy.deepcopy(self.survey.meta)
         for name, module in new.items():
             meta = _put(meta, name, copy.deepcopy(module))
@@ -413,19 +468,13 @@ class _Planner:
                 meta.eval()(torch.empty(1, *self.survey.size, device="meta"))
         except _BROKEN as error:
             return f"{type(error).__name__}: {_line(error)}"
-        return Cost(count_trainable(meta), counter.get_total_flops() // 2, self.survey.size)
+        return int(counter.get_total_flops() // 2)
 
     def _find_broken(self) -> None:
-        """Find the kinds of module whose replacement breaks the network; they are kept the next time."""
-        kinds: dict[type, list[str]] = {}
-        for name in self.new:
-            kinds.setdefault(type(self.modules[name]), []).append(name)
-        failed = {}
-        for kind, names in kinds.items():
-            found = self._run({name: self.new[name] for name in names})
-            if isinstance(found, str):
-                failed[kind] = found
-        self.broken |= failed or dict.fromkeys(kinds, "the network does not run with all of them replaced")
+        """Find the layers whose replacement breaks the network; they are kept the next time."""
+        alone = {name: self._run({name: new}) for name, new in self.new.items()}
+        failed = {name: found for name, found in alone.items() if isinstance(found, str)}
+        self.broken |= failed or dict.fromkeys(alone, "the network does not run with all of them replaced")
 
     def _visit(self, name: str, module: nn.Module, because: str) -> None:
         if isinstance(module, _MULTIGRID):
@@ -469,7 +518,7 @@ class _Planner:
                     self._check(inner, child, called=bool(list(child.parameters(recurse=False))))
             pooled = self._pooled(name, module)
             with torch.device("meta"):
-                new = _make_block(module, conversion.group_size, conversion.coarsest, pooled)
+                new = _make_block(module, self._wanted(name, conversion, pooled))
             self._replace(name, module, new, "block", conversion, pooled=pooled)
         except (_Kept, ChannelConfigError) as kept:
             return str(kept)
@@ -491,8 +540,8 @@ class _Planner:
         Raises:
             _Kept: with the reason.
         """
-        if type(module) in self.broken:
-            raise _Kept(f"the network does not run with it replaced ({self.broken[type(module)]})")
+        if name in self.broken:
+            raise _Kept(f"the network does not run with it replaced ({self.broken[name]})")
         if len(self.places[module]) > 1:
             raise _Kept(f"shared: the same module stands at {', '.join(self.places[module])}")
         if name in self.tied:
@@ -523,7 +572,7 @@ class _Planner:
                 if conversion is None:
                     raise _Kept(_BY_CHOICE)
                 with torch.device("meta"):
-                    new: nn.Module = _make_conv(module, conversion.group_size, conversion.coarsest)
+                    new: nn.Module = _make_conv(module, self._wanted(name, conversion))
                 action = "conv"
             elif type(module) is nn.Linear:
                 if conversion is None:
@@ -531,13 +580,19 @@ class _Planner:
                 if not conversion.linear:
                     raise _Kept("linear: replaced with linear=True only")
                 with torch.device("meta"):
-                    new = _make_linear(module, conversion.group_size, conversion.coarsest)
+                    new = _make_linear(module, self._wanted(name, conversion))
                 action = "linear"
             else:
                 raise _Kept(_unknown(module))
             self._replace(name, module, new, action, conversion, because)
         except (_Kept, ChannelConfigError) as kept:
             self._keep(name, module, str(kept))
+
+    def _wanted(self, name: str, conversion: Conversion, pooled: tuple[str, ...] = ()) -> Row:
+        """A row that says what to make."""
+        shape = self.survey.calls[name].inputs or ()
+        settings = conversion.group_size, conversion.coarsest
+        return Row(name, "", "", "", 0, 0, 0, 0, *settings, widths=shape[1:2], pooled=pooled)
 
     def _check_convolution(self, name: str, conv: nn.Conv2d) -> None:
         call = self.survey.calls[name]
@@ -561,20 +616,28 @@ class _Planner:
     ) -> None:
         if not self.where(name, self.survey.model.get_submodule(name)):
             raise _Kept("excluded by where=")
+        if not name:
+            raise _Kept("the network itself: put it into an nn.Sequential")
         call = self.survey.calls[name]
-        x = torch.empty(call.inputs or (), device="meta")
-        counter = FlopCounterMode(display=False)
+        if call.inputs is None:
+            raise _Kept("it does not take and return one tensor")
+        macs_after = 0
         try:
-            with counter, torch.no_grad():
-                shape = tuple(new.eval()(x).shape)
+            for inputs, times in call.seen.items():
+                counter = FlopCounterMode(display=False)
+                with counter, torch.no_grad():
+                    shape = tuple(new.eval()(torch.empty(inputs or (), device="meta")).shape)
+                if inputs == call.inputs and shape != call.output:
+                    raise _Kept(f"its copy would return {shape} instead of {call.output}")
+                macs_after += times * counter.get_total_flops() // 2
         except _BROKEN as error:
             raise _Kept(f"a narrower copy does not run ({type(error).__name__}: {_line(error)})") from error
-        if shape != call.output:
-            raise _Kept(f"its copy would return {shape} instead of {call.output}")
+        _frozen_like(module, new)
         params, macs = count_trainable(module), self.survey.macs.get(name, 0)
-        after = count_trainable(new), call.times * counter.get_total_flops() // 2
-        if after[0] >= params or after[1] >= macs:
-            raise _Kept(f"it would cost as much: {after[0]:,} parameters, {after[1]:,} MACs")
+        weights = [sum(p.numel() for p in m.parameters()) for m in (module, new)]
+        if weights[1] >= weights[0] or macs_after >= macs:
+            raise _Kept(f"it would cost as much: {weights[1]:,} parameters, {macs_after:,} MACs")
+        after = count_trainable(new), macs_after
         levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
         self.new[name] = new
         self.rows.append(
@@ -598,6 +661,10 @@ class _Planner:
         whole = isinstance(module, _MULTIGRID) or parametrize.is_parametrized(module)
         own = count_trainable(module) if whole else sum(p.numel() for p in module.parameters(False) if p.requires_grad)
         macs = self.survey.macs.get(name, 0)
+        if not whole:  # those of the modules in it are in their own rows
+            macs -= sum(
+                self.survey.macs.get(f"{name}.{child}" if name else child, 0) for child, _ in module.named_children()
+            )
         self.rows.append(Row(name, type(module).__name__, "kept", reason, own, macs, own, macs))
 
 
@@ -621,13 +688,16 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def _heads(survey: Survey) -> set[str]:
-    """Names of the classifiers: what timm says, else the layer that is called last."""
+    """Names of the classifiers: what timm says, else the layer that is called last, if what it returns leaves the network."""
     config: Any = getattr(survey.model, "pretrained_cfg", None) or {}
     named = config.get("classifier") or ()
-    if named:
-        return {named} if isinstance(named, str) else set(named)
+    found = {name for name in ([named] if isinstance(named, str) else named) if name in survey.calls}
     layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return set([name for name in survey.order if isinstance(survey.meta.get_submodule(name), layers)][-1:])
+    last = [name for name in survey.order if isinstance(survey.meta.get_submodule(name), layers)][-1:]
+    ends = [survey.calls[name].output for name in ("", *last)]
+    if found or len(ends) < 2 or None in ends or math.prod(ends[0] or ()) != math.prod(ends[1] or ()):
+        return found
+    return set(last)
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -688,8 +758,9 @@ def is_residual(module: nn.Module) -> bool:
     )
 
 
-def _make_conv(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICConv:
+def _make_conv(module: nn.Module, wanted: Row) -> MGICConv:
     conv: Any = module
+    group_size, coarsest = wanted.group_size, wanted.coarsest
     if type(conv) not in _CONVOLUTIONS or conv.groups != 1:
         raise _Kept(_unknown(conv))
     narrow = min(conv.in_channels, conv.out_channels)
@@ -725,8 +796,11 @@ def _make_conv(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[
     return new
 
 
-def _make_linear(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICLinear:
+def _make_linear(module: nn.Module, wanted: Row) -> MGICLinear:
     linear: Any = module
+    group_size, coarsest = wanted.group_size, wanted.coarsest
+    if not isinstance(linear, nn.Linear):
+        raise _Kept(_unknown(linear))
     narrow = min(linear.in_features, linear.out_features)
     if narrow <= coarsest:
         raise _Kept(f"too narrow: {narrow} features are at most coarsest={coarsest}")
@@ -739,19 +813,20 @@ def _make_linear(module: nn.Module, group_size: int, coarsest: int, pooled: tupl
     return new
 
 
-def _make_block(module: nn.Module, group_size: int, coarsest: int, pooled: tuple[str, ...] = ()) -> MGICBlock:
+def _make_block(module: nn.Module, wanted: Row) -> MGICBlock:
     """Wrap a residual block: each level is a copy of it, narrower and in groups."""
+    group_size, coarsest, pooled = wanted.group_size, wanted.coarsest, wanted.pooled
     convs: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, nn.Conv2d)}
     dense = [conv for name, conv in convs.items() if name not in pooled and conv.groups < conv.in_channels]
     if not dense:
         raise _Kept("it has no dense convolution")
     widths = sorted({w for conv in dense for w in (conv.in_channels, conv.out_channels)})
-    channels = dense[-1].out_channels
+    channels = wanted.widths[0]
     others = [w for w in widths if w != channels]
     hidden = min(others) if others else None
     levels = plan_levels(channels, group_size, coarsest, hidden)
     if len(levels) < 2:
-        narrow = min(widths[0], channels)
+        narrow = min(hidden or channels, channels)
         if narrow <= coarsest:
             raise _Kept(f"too narrow: {narrow} channels are at most coarsest={coarsest}")
         raise _Kept(f"the widths {', '.join(map(str, widths))} cannot be halved")

@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,23 +20,43 @@ ARGUMENTS = {"width": 0.5, "num_classes": 3}
 SMALL = ["--model_args={width: 0.5}", "--group_size=2", "--coarsest=4"]
 
 
+class Kept(type(Path())):
+    """A folder, with what was written to it."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A converted ResNet-20 of half the width."""
-    where = tmp_path_factory.mktemp("converted") / "a"
+    where = Kept(tmp_path_factory.mktemp("converted") / "a")
     model, report = convert(mgic.create_model("resnet20", **ARGUMENTS), Conversion(2, 4))
     save_converted(where, Converted(model.eval(), "resnet20", ARGUMENTS, report))
+    where.model, where.report = model, report
     return where
 
 
 def test_a_converted_network_comes_back_bit_for_bit(folder):
-    one, two = load_converted(folder), load_converted(folder)
+    one = load_converted(folder)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(one.model(x), two.model(x))
-    assert one.report == two.report
+    assert torch.equal(one.model(x), folder.model(x))
+    assert one.report == folder.report
     twin = mgic.create_model("resnet20", **one.model_args)
     twin.load_state_dict(one.model.state_dict(), strict=True)
     assert torch.equal(twin.eval()(x), one.model(x))
+
+
+def test_a_converted_network_is_converted_further(folder, tmp_path):
+    """The rest of a network whose first stage was converted before; converted by rule, it is refused."""
+    plain = mgic.create_model("resnet20", **ARGUMENTS)
+    first, one = convert(plain, Conversion(2, 4), where=lambda name, module: name.startswith("stages.1"))
+    both, two = convert(first, Conversion(2, 4))
+    arguments = {**ARGUMENTS, "conversion": {"layers": one.layers}}
+    save_converted(tmp_path / "b", Converted(both.eval(), "resnet20", arguments, two))
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_converted(tmp_path / "b").model(x), both(x))
+    by_rule = {**ARGUMENTS, "conversion": {"group_size": 2, "coarsest": 4}}
+    with pytest.raises(UserError, match="convert the network without it"):
+        save_converted(tmp_path / "c", Converted(both, "resnet20", by_rule, two))
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_is_no_converted_network_is_refused(folder, tmp_path):

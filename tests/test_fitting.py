@@ -133,10 +133,15 @@ def test_a_warm_start_leaves_modes_and_gradients_alone_and_is_repeatable():
     batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
     cold, _ = convert(dense, Conversion(8, 8, blocks=False), input_size=(3, 8, 8))
     one, two = copy.deepcopy(cold).train(), copy.deepcopy(cold).train()
+    one.head.weight.grad = torch.ones_like(one.head.weight)
+    one.down.relax[0].weight.grad = torch.ones_like(one.down.relax[0].weight)
     for net in (one, two):
-        warm_start_(net, dense, batches, steps=5)
+        with torch.no_grad():
+            warm_start_(net, dense, batches, steps=5)
     assert all(module.training for module in one.modules())
-    assert all(p.grad is None for p in one.parameters())
+    kept = {name for name, p in one.named_parameters() if p.grad is not None}
+    assert kept == {"head.weight", "down.relax.0.weight"}
+    assert torch.equal(one.down.relax[0].weight.grad, torch.ones_like(one.down.relax[0].weight))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
@@ -144,6 +149,12 @@ def test_a_warm_start_leaves_modes_and_gradients_alone_and_is_repeatable():
     ("call", "words"),
     [
         (lambda m, d: warm_start_(m, d, []), "a warm start needs calibration data"),
+        (lambda m, d: warm_start_(m, d, [(torch.randn(1, 3, 8, 8), 1)]), "tensors alone"),
+        (
+            lambda m, d: warm_start_(m, d, [torch.randn(1, 3, 8, 8).double()]),
+            "calibration data is torch.float64 on cpu",
+        ),
+        (lambda m, d: warm_start_(m, d, [torch.full((1, 3, 8, 8), torch.nan)]), "holds a number that is not finite"),
         (lambda m, d: warm_start_(m, d, [torch.randn(1, 3, 8, 8)], steps=-1), "steps=-1 must not be negative"),
         (
             lambda m, d: warm_start_(d, d, [torch.randn(1, 3, 8, 8)]),

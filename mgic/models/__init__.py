@@ -97,7 +97,13 @@ def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
     """Convert by rule, or exactly as a report says."""
     from ..surgery import Conversion, apply_, rebuild_
 
+    if not isinstance(conversion, Mapping):
+        raise UserError(f"conversion must be a mapping, such as {{group_size: 16, coarsest: 32}}, got {conversion!r}")
     if "layers" in conversion:
+        if others := sorted(set(conversion) - {"layers"}):
+            raise UserError(
+                f"conversion: layers say all there is to say; {', '.join(others)} cannot be given with them"
+            )
         return rebuild_(model, conversion["layers"])
     settings = Conversion.from_dict(conversion)
     apply_(model, lambda name: settings)
