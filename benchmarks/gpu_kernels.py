@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -164,14 +163,6 @@ def interpret(cases, once=lambda _, measure: measure()):
     return errors
 
 
-def sources():
-    """A number that changes with the kernels and this file."""
-    import mgic.kernels
-
-    files = [Path(__file__), *sorted(Path(mgic.kernels.__file__).parent.glob("*.py"))]
-    return zlib.crc32(b"".join(file.read_bytes() for file in files))
-
-
 def resources(binary):
     """Registers and stack of a compiled program, read from it by the tool that ships with Triton."""
     import triton
@@ -227,9 +218,12 @@ def main() -> None:
         cases = [pair[i // 4 % 2] for i, *pair in turns] if full else list(itertools.chain(*both))
         kept = None
         if args.record:
-            from kept import Kept
+            from kept import Kept, fingerprint
 
-            origin = {"sources": sources(), "cases": args.interpret, "torch": torch.__version__}
+            import mgic.kernels
+
+            files = [Path(__file__), *Path(mgic.kernels.__file__).parent.glob("*.py")]
+            origin = {"sources": fingerprint(*files), "cases": args.interpret, "torch": torch.__version__}
             kept = Kept(Path(args.record), origin)
         found = interpret(cases, kept.once) if kept else interpret(cases)
         seeds = [0]

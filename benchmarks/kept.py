@@ -3,11 +3,17 @@
 import contextlib
 import json
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mgic.training.checkpoint import write_json
+
+
+def fingerprint(*files: Path) -> int:
+    """A number that changes with the content of these files."""
+    return zlib.crc32(b"".join(file.read_bytes() for file in sorted(files)))
 
 
 class OutOfTime(Exception):  # noqa: N818  (nothing went wrong)
@@ -19,7 +25,7 @@ class Kept:
 
     Args:
         record: Where the record will be; the parts are in the file ``NAME.json.part`` beside it.
-        origin: What the parts must have in common, plain JSON: parts of another origin are given up, with a line that says so.
+        origin: What the parts must have in common, plain JSON: parts of another origin are given up, and a line says so.
         seconds: From now on; a part begins only while there is time for it.
         say: Takes that line.
     """
