@@ -521,7 +521,7 @@ def test_every_recorded_kernel_has_a_tiling_that_fits_and_does_not_spill():
 
 def test_the_recorded_run_of_the_interpreter_found_no_difference():
     record = json.loads((ROOT / "results/gpu-interpreter.json").read_text())
-    assert len(record["metrics"]) >= 18
+    assert len(record["metrics"]) >= 75
     for name, metric in record["metrics"].items():
         assert metric["mean"] < (2e-2 if "bfloat16" in name else 1e-5), name
 
