@@ -12,7 +12,7 @@ import sys
 import torch
 
 import mgic
-from mgic.kernels.floors import H200, macs, moved, network_floors, seconds
+from mgic.kernels.floors import H200, Floors, macs, moved, network_floors, seconds
 from mgic.training import make_record, write_record
 
 NETWORKS = {  # network: its name and arguments
@@ -31,7 +31,7 @@ def rows():
         for group_size, coarsest in GROUPS:
             with torch.device("meta"):
                 model = mgic.create_model(name, group_size=group_size, coarsest=coarsest, **arguments)
-            floors = network_floors(model, (3, 224, 224), BATCH)
+            floors = sum(network_floors(model, (3, 224, 224), BATCH), Floors())
             depths = {d: getattr(floors, d) for d in ("dense", "operation", "level", "block")}
             dense = seconds(floors.dense, H200)
             yield {

@@ -5,7 +5,8 @@
 
 ``few`` takes the shapes of the tests, ``full`` all, each in every tiling it can have. The interpreter's results are held
 against the twin in float64, on fresh random inputs and outputs filled with NaN; the error is the largest difference over the
-largest result. Compiled code tells its registers, shared memory and stack (spilled registers) in bytes.
+largest result. With ``--record`` each finished case is kept beside the record: stopped and given again, the command goes on.
+Compiled code tells its registers, shared memory and stack (spilled registers) in bytes.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,8 +126,13 @@ def words(arguments):
     return describe("", arguments).strip()
 
 
-def interpret(cases):
-    """Largest relative error of each case, over its tilings."""
+def interpret(cases, once=lambda _, measure: measure()):
+    """Largest relative error of each case, over its tilings; without the cases where no tiling fits.
+
+    Args:
+        cases: Names of kernels and their arguments.
+        once: ``once(key, measure)`` returns ``measure()``, or what it was when `Kept` was asked before.
+    """
     from mgic.kernels import launch, ops
 
     def double(value):
@@ -134,20 +141,25 @@ def interpret(cases):
             return [double(v) for v in value]
         return value.double() if isinstance(value, torch.Tensor) else value
 
-    errors = {}
-    for name, arguments in cases:
+    def worst(name, arguments):
         expected = getattr(ops, f"naive_{name}")(*map(double, arguments))
         expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        largest = None
         for one in getattr(launch, name)(*arguments):
             for result in one.results:
                 result.fill_(float("nan"))
-            worst = 0.0
             for found, twin in zip(one.run(), expected, strict=True):
                 difference = (found.double() - twin).abs().max() / twin.abs().max().clamp_min(1e-6)
-                worst = max(worst, float(difference.nan_to_num(float("inf"))))
-            key = f"{name} {words(arguments)}"
-            errors[key] = max(errors.get(key, 0.0), worst)
-        print(f"{name} {words(arguments)}: {errors.get(f'{name} {words(arguments)}', 'too wide')}", flush=True)
+                largest = max(largest or 0.0, float(difference.nan_to_num(float("inf"))))
+        return largest
+
+    errors = {}
+    for name, arguments in cases:
+        key = f"{name} {words(arguments)}"
+        error = once(key, partial(worst, name, arguments))
+        print(f"{key}: {'too wide' if error is None else error}", flush=True)
+        if error is not None:
+            errors[key] = max(errors.get(key, 0.0), error)
     return errors
 
 
@@ -203,7 +215,17 @@ def main() -> None:
     if args.interpret:
         both = [(full_cases if full else few_cases)(t) for t in (torch.float32, torch.bfloat16)]
         turns = zip(itertools.count(), *both, strict=False)  # in full, four cases in one type, four in the other
-        found = interpret([pair[i // 4 % 2] for i, *pair in turns] if full else itertools.chain(*both))
+        cases = [pair[i // 4 % 2] for i, *pair in turns] if full else list(itertools.chain(*both))
+        kept = None
+        if args.record:
+            from kept import Kept, fingerprint
+
+            import mgic.kernels
+
+            files = [Path(__file__), *Path(mgic.kernels.__file__).parent.glob("*.py")]
+            origin = {"sources": fingerprint(*files), "cases": args.interpret, "torch": torch.__version__}
+            kept = Kept(Path(args.record), origin)
+        found = interpret(cases, kept.once) if kept else interpret(cases)
         seeds = [0]
         metrics = {name: [error] for name, error in found.items()}
         notes = [
@@ -227,6 +249,8 @@ def main() -> None:
 
         command = shlex.join(["python", "benchmarks/gpu_kernels.py", *sys.argv[1:]])
         write_record(args.record, make_record(command, data, seeds, metrics, notes, **extra))
+        if args.interpret:
+            kept.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mgic.kernels import (
     ops,
     restriction_chain,
 )
-from mgic.kernels.floors import H200, block_floors, macs, moved, network_floors, seconds
+from mgic.kernels.floors import H200, Floors, block_floors, macs, moved, network_floors, seconds
 from mgic.runtime import EngineUnavailable
 from mgic.runtime.accelerate import TOLERANCES
 from mgic.runtime.gpu import fuse
@@ -338,7 +338,7 @@ def test_the_floors_are_those_of_the_estimate():
 def test_the_floors_of_networks_are_those_of_the_estimate(name, width, group_size, coarsest, milliseconds, ratios):
     with torch.device("meta"):
         model = mgic.create_model(name, width=width, group_size=group_size, coarsest=coarsest)
-    found = network_floors(model, (3, 224, 224), 256)
+    found = sum(network_floors(model, (3, 224, 224), 256), Floors())
     dense = seconds(found.dense, H200)
     assert 1e3 * dense == pytest.approx(milliseconds, abs=0.005)
     for kernels, ratio in zip((found.operation, found.level, found.block), ratios, strict=True):
@@ -521,7 +521,7 @@ def test_every_recorded_kernel_has_a_tiling_that_fits_and_does_not_spill():
 
 def test_the_recorded_run_of_the_interpreter_found_no_difference():
     record = json.loads((ROOT / "results/gpu-interpreter.json").read_text())
-    assert len(record["metrics"]) >= 18
+    assert len(record["metrics"]) >= 75
     for name, metric in record["metrics"].items():
         assert metric["mean"] < (2e-2 if "bfloat16" in name else 1e-5), name
 

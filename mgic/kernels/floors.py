@@ -144,8 +144,8 @@ def block_floors(levels: Sequence[Level], pixels: int, bottleneck: bool) -> Floo
     return Floors(*(tuple((t, pixels) for t in kernels) for kernels in (dense, operation, level, [whole])))
 
 
-def network_floors(model: nn.Module, input_size: Sequence[int], batch: int) -> Floors:
-    """The kernels of all multigrid blocks of a network, and of dense blocks in their place; stem and head are left out.
+def network_floors(model: nn.Module, input_size: Sequence[int], batch: int) -> list[Floors]:
+    """The kernels of each multigrid block of a network, and of a dense block in its place; stem and head are left out.
 
     Args:
         model: A network of multigrid blocks around basic blocks or bottlenecks; left as it was.
@@ -172,4 +172,4 @@ def network_floors(model: nn.Module, input_size: Sequence[int], batch: int) -> F
         meta(torch.empty(batch, *input_size, device="meta"))
     if not found:
         raise UserError(f"{type(model).__name__} has no multigrid blocks")
-    return sum(found, Floors())
+    return found
