@@ -190,3 +190,20 @@ def test_names_on_the_page_are_text_not_markup():
 
     page = conversion_page(replace(report, model="<script>x</script>"))
     assert "<script>" not in page
+
+
+def test_a_converted_network_is_exported(call, folder, tmp_path):  # noqa: F811
+    """Convolution by convolution the grouped ones stay one node each, and the file returns what the network returns."""
+    pytest.importorskip("onnxruntime")
+    status, text, err = call("export", folder, "--to=[onnx, torch]", f"--out={tmp_path}", "--json")
+    assert status == 0, err
+    made = json.loads(text)
+    assert [one["format"] for one in made] == ["onnx", "torch"]
+    from mgic.exporting import load_artefact
+
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = folder.model(x)
+    for one in made:
+        found = load_artefact(next(tmp_path.glob(f"*{'.onnx' if one['format'] == 'onnx' else '.pt2'}")), 1)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
