@@ -287,12 +287,12 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
     if others:
         raise UserError(f"target_ms measures float32 networks on the CPU, this one is {', '.join(sorted(others))}")
     x = torch.randn(1, *table.survey.size)
-    path = "given"
     if time is None:
-        path, before = _fastest(model, x, threads)
+        path, before, base = _fastest(model, table, x, threads)
         time = _timer(path, threads)
     else:
-        before = time(model, x)
+        path, before = "given", time(model, x)
+        base = before
     times = _Times(model, table, time)
     options = table.options(times)
     dense = options[None]
@@ -303,7 +303,7 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
             setting: {stage: dense[stage] - factor * (dense[stage] - ms) for stage, ms in stages.items()}
             for setting, stages in options.items()
         }
-        fixed = before - sum(dense.values())
+        fixed = base - sum(dense.values())
         choices = _choose(scaled, fixed, target, "target_ms")
         predicted = fixed + sum(choice.after for choice in choices)
         twin = _converted(model, table, choices)
@@ -312,13 +312,11 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
         if abs(measured - target) < error:
             error = abs(measured - target)
             best = {"choices": choices, "predicted": predicted, "measured": measured}
-        if abs(measured - target) <= WITHIN * target or before <= predicted:
+        if abs(measured - target) <= WITHIN * target or base <= predicted:
             break
-        factor *= (before - measured) / (before - predicted)
+        factor *= (base - measured) / (base - predicted)
         if factor <= 0:
-            raise UserError(
-                f"target_ms={target:g} cannot be met: {before:.3g} ms became {measured:.3g} ms by conversion"
-            )
+            raise UserError(f"target_ms={target:g} cannot be met: {base:.3g} ms became {measured:.3g} ms by conversion")
     assert best is not None
     layers = [
         {"layer": key[0], "group_size": key[1], "coarsest": key[2], "ms": ms} for key, ms in sorted(times.seen.items())
@@ -360,11 +358,19 @@ class _Times:
         return total
 
 
-def _fastest(model: nn.Module, x: Tensor, threads: int) -> tuple[str, float]:
-    report = accelerate(model, x, threads=threads, paths=PATHS).report
-    timed = {one.path: one.milliseconds for one in report.results if one.milliseconds is not None}
-    path = min(timed, key=lambda name: timed[name])
-    return path, timed[path]
+def _fastest(model: nn.Module, table: _Table, x: Tensor, threads: int) -> tuple[str, float, float]:
+    """Return the fastest path of a converted network, the dense network's least time in any, and its time in that one."""
+    setting = next((setting for setting in reversed(list(table.rows)) if setting is not None), None)
+    if setting is None:
+        raise UserError("target_ms: there is no layer that could be replaced")
+    twin = copy.deepcopy(model)
+    apply_(twin, partial(_same, setting), None, None, table.survey.size)
+    times = []
+    for network in (twin, model):
+        report = accelerate(network, x, threads=threads, paths=PATHS).report
+        times.append({one.path: one.milliseconds for one in report.results if one.milliseconds is not None})
+    path = min(times[0].keys() & times[1].keys(), key=lambda name: times[0][name])
+    return path, min(times[1].values()), times[1][path]
 
 
 def _timer(path: str, threads: int) -> Time:
