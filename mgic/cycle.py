@@ -270,13 +270,7 @@ class AdditiveChannelChange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Walk one cycle."""
-        xs = [x]
-        for restrict in self.restrict:
-            xs.append(restrict(xs[-1]))
-        y: Tensor = self.relax[-1](xs.pop())
-        for j in reversed(range(len(self.restrict))):
-            y = self.relax[j](xs.pop()) + self.norm[j](self.prolong[j](y))
-        return y
+        return _sum_over_levels(x, self.relax, self.restrict, self.prolong, self.norm)
 
     def to_dense(self, size: tuple[int, ...] = (1, 1)) -> Tensor:
         """Assemble the dense operator; see `MGICBlock.to_dense`."""
@@ -400,13 +394,7 @@ class MGICConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the convolution."""
-        xs = [x]
-        for restrict in self.restrict:
-            xs.append(restrict(xs[-1]))
-        y: Tensor = self.relax[-1](xs.pop())
-        for j in reversed(range(len(self.restrict))):
-            y = self.relax[j](xs.pop()) + self.prolong[j](y)
-        return y
+        return _sum_over_levels(x, self.relax, self.restrict, self.prolong, None)
 
     def dense_weight(self) -> Tensor:
         """Return the kernel of the equal dense convolution, ``(out_channels, in_channels, kH, kW)``; differentiable."""
@@ -421,6 +409,20 @@ class MGICConv(nn.Module):
         widths = " > ".join(f"{level.channels}-{level.hidden}" for level in self.levels)
         groups = ", ".join("dense" if level.groups == 1 else str(level.groups) for level in self.levels)
         return f"channels {widths}; groups {groups}"
+
+
+def _sum_over_levels(
+    x: Tensor, relax: nn.ModuleList, restrict: nn.ModuleList, prolong: nn.ModuleList, norm: nn.ModuleList | None
+) -> Tensor:
+    """``sum_j N_0 P_0 .. N_{j-1} P_{j-1} K_j R_{j-1} .. R_0 x``: the additive cycle without corrections."""
+    xs = [x]
+    for coarsen in restrict:
+        xs.append(coarsen(xs[-1]))
+    y: Tensor = relax[-1](xs.pop())
+    for j in reversed(range(len(restrict))):
+        y = prolong[j](y)
+        y = relax[j](xs.pop()) + (y if norm is None else norm[j](y))
+    return y
 
 
 def spread(conv: nn.Module) -> Tensor:

@@ -206,6 +206,5 @@ def _write(path: Path, choices: Mapping[str, str]) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump({"schema": SCHEMA, "choices": dict(choices)}, file, indent=1)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # there only if it was not moved
