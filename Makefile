@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check unit docs gpu clean
+.PHONY: help demo test check unit docs faults gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    everything CI checks: format, lint, types, tests, doctests, README, docs"
 	@echo "make check   format, lint and types only (seconds)"
 	@echo "make unit    tests and doctests only"
+	@echo "make faults  every fault it survives, at the full number of trials (half an hour)"
 	@echo "make gpu     what needs a GPU: checks, training, benchmarks; CIFAR10=cifar10.npz for the training"
 	@echo "make docs    build the documentation into site/"
 
@@ -38,6 +39,10 @@ unit: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+# The faults of the table, each tried often; rewrites results/faults.json and docs/faults.md.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py
 
 # Steps that have a record in results/ are skipped; given again until none is open, this does the whole queue.
 gpu: $(READY)
