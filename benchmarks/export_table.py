@@ -20,7 +20,10 @@ from mgic.benchmarking import Network, group, run_benchmark
 from mgic.exporting import FORMATS, Rejected, export
 from mgic.training import make_record, write_record
 
-NETWORKS = ("resnet50", "mgic_resnet50:group_size=32,coarsest=32", "mgic_resnet56")
+NETWORKS = (
+    *("resnet50", "mgic_resnet50:group_size=32,coarsest=32", "mgic_resnet56"),
+    "torchvision:resnet50:conversion={group_size: 32, coarsest: 64}",
+)
 
 
 def write(network: Network, formats: list[str], folder: Path) -> list[dict]:
@@ -30,7 +33,7 @@ def write(network: Network, formats: list[str], folder: Path) -> list[dict]:
     rows = []
     FORMATS["onnx_int8"] = replace(FORMATS["onnx_int8"], decibels=-math.inf)
     for name in formats:
-        file = folder / f"{network.name}-{name}{FORMATS[name].suffix}"
+        file = folder / f"{network.file_name}-{name}{FORMATS[name].suffix}"
         kind = FORMATS[name]
         try:
             made = export(

@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections import deque
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from .counting import Cost, cost
 from .errors import UserError, suggest
 from .exporting import FORMATS, describe_artefact, format_of, load_artefact
-from .models import create_model
+from .models import TORCHVISION, create_model
 from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
 from .training.fast import fast_training_
 
@@ -60,6 +61,11 @@ def random_norms_(model: nn.Module) -> None:
                 scale.uniform_(0.5, 1.5)
 
 
+def _flow(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+
+
 @dataclass(frozen=True)
 class Network:
     """A network to time, with random weights; where timm can merge its branches for inference, they are merged.
@@ -78,25 +84,39 @@ class Network:
     def parse(cls, text: str) -> "Network":
         """Read ``name``, ``name@SIZE``, ``name:argument=value,...`` or ``name@SIZE:argument=value,...``.
 
+        A value may be a list or a mapping in brackets; the name may begin with ``torchvision:``.
+
         Raises:
             UserError: If the text is none of these.
 
         Examples:
             >>> Network.parse("mgic_resnet50@160:group_size=8,coarsest=16")
             Network(name='mgic_resnet50', args={'group_size': 8, 'coarsest': 16}, size=160)
+            >>> Network.parse("torchvision:resnet18:conversion={group_size: 8, coarsest: 16}").args
+            {'conversion': {'group_size': 8, 'coarsest': 16}}
         """
-        head, _, rest = text.partition(":")
+        library = TORCHVISION if text.startswith(TORCHVISION) else ""
+        head, _, rest = text.removeprefix(library).partition(":")
         name, _, size = head.partition("@")
-        pairs = [pair.partition("=") for pair in rest.split(",") if rest]
+        # a comma between two arguments is one that no closing bracket follows before the next opening one
+        pairs = [pair.partition("=") for pair in re.split(r",(?![^\[{]*[\]}])", rest) if rest]
         if not name or not all(key and equals and value for key, equals, value in pairs) or not (size or "1").isdigit():
             raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}")
-        args = {key: yaml.safe_load(value) for key, _, value in pairs}
-        return cls(name, args, int(size) if size else None)
+        try:
+            args = {key: yaml.safe_load(value) for key, _, value in pairs}
+        except yaml.YAMLError as error:
+            raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}") from error
+        return cls(library + name, args, int(size) if size else None)
 
     def __str__(self) -> str:
         size = f"@{self.size}" if self.size else ""
-        args = ",".join(f"{key}={value}" for key, value in self.args.items())
+        args = ",".join(f"{key}={_flow(value)}" for key, value in self.args.items())
         return f"{self.name}{size}{':' if args else ''}{args}"
+
+    @property
+    def file_name(self) -> str:
+        """What files of it are called."""
+        return self.name.rpartition(":")[2] + ("_converted" if "conversion" in self.args else "")
 
     def build(self) -> tuple[nn.Module, tuple[int, ...]]:
         """Return the network in eval mode and the size of its input; always with the same weights, see `random_norms_`.
@@ -110,11 +130,19 @@ class Network:
         except TypeError as error:
             raise UserError(f"{self} cannot be built: {error}") from error
         random_norms_(model)
-        config: Any = getattr(model, "pretrained_cfg", {})
-        if "input_size" not in config:
+        size = self.input_size(model)
+        if size is None:
             raise UserError(f"{self.name} says no input size; only networks for images can be timed")
-        channels, *own = config["input_size"]
-        return reparameterize_model(model.eval()), (channels, *([self.size] * 2 if self.size else own))
+        return reparameterize_model(model.eval()), size
+
+    def input_size(self, model: nn.Module) -> tuple[int, ...] | None:
+        """Size of one input of the network that was built: channels of its arguments, pixels as asked for or its own."""
+        config: Any = getattr(model, "pretrained_cfg", {})
+        own = (3, 224, 224) if self.name.startswith(TORCHVISION) else config.get("input_size")
+        if own is None:
+            return None
+        channels, *pixels = own
+        return (self.args.get("in_chans", channels), *([self.size] * 2 if self.size else pixels))
 
     def cost(self) -> Cost:
         """Count it, with branches merged."""

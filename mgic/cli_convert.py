@@ -42,15 +42,15 @@ def add_convert(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--target_macs", type=float, default=None, help="most multiply-adds")
     parser.add_argument("--target_ms", type=float, default=None, help="milliseconds of one input, measured here")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of --target_ms")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of --target_ms; 1 by default")
     parser.add_argument("--only", type=list[str], default=None, help="shell patterns of layers that may be replaced")
     parser.add_argument("--input_size", type=list[int], default=None, help="'[3, 224, 224]'; its own by default")
     parser.add_argument("--warm-start", action="store_true", help="fit the new layers to the weights of the old")
     parser.add_argument("--data", type=str, default=None, help="data set of --warm-start; that of the run by default")
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--samples", type=int, default=512, help="training samples of --warm-start")
-    parser.add_argument("--steps", type=int, default=100, help="steps of each layer's reconstruction")
+    parser.add_argument("--samples", type=int, default=None, help="training samples of --warm-start; 512 by default")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each layer's reconstruction; 100 by default")
     parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
     parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
     parser.add_argument("--dry-run", action="store_true", help="only report")
@@ -75,14 +75,13 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
         check_writable(args.out / "conversion.json")
     if args.record is not None:
         check_writable(args.record)
-    if args.warm_start and args.samples < 1:
-        raise UserError(f"--samples must be at least 1, got {args.samples}")
+    _defaults(args)
     model, name, arguments, calibration = _source(args)
     options: dict[str, Any] = {"where": _where(args.only), "input_size": args.input_size, "dry_run": args.dry_run}
     targets = {f"target_{unit}": args[f"target_{unit}"] for unit in ("params", "macs", "ms")}
     options |= {key: value for key, value in targets.items() if value is not None}
     if args.target_ms is not None:
-        options["threads"] = args.threads
+        options["threads"] = args.threads or 1
     converted, report = convert(model, Conversion(args.group_size, args.coarsest, args.blocks, args.linear), **options)
     fits: list[Fit] = []
     if args.warm_start and not args.dry_run and any(row.replaced for row in report.rows):
@@ -107,6 +106,19 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     if args.out is not None and not args.dry_run:
         console.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
     return 0
+
+
+def _defaults(args: Namespace) -> None:
+    """Refuse flags that would do nothing, and fill in the others."""
+    for flag in ("data", "data_args", "samples", "steps"):
+        if args[flag] is not None and not args.warm_start:
+            raise UserError(f"--{flag} belongs to --warm-start")
+    if args.threads is not None and args.target_ms is None:
+        raise UserError("--threads belongs to --target_ms")
+    args.samples = 512 if args.samples is None else args.samples
+    args.steps = 100 if args.steps is None else args.steps
+    if args.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {args.samples}")
 
 
 def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
@@ -199,17 +211,9 @@ def _calibration(args: Namespace, name: str | None, arguments: dict[str, Any], r
         return []
     from dataclasses import replace
 
-    import torch
-
     from .data import load_data, padded
 
     data = padded(load_data(name, args.root, **arguments), run.recipe.pad_images if run is not None else 0)
     if run is not None:
         data = replace(data, mean=tuple(run.data["mean"]), std=tuple(run.data["std"]))
-    normalize, batches, seen = data.normalizer(torch.device("cpu")), [], 0
-    for inputs, _ in data.train.evaluation_batches(min(64, args.samples), 0):
-        batches.append(normalize(inputs)[: args.samples - seen])
-        seen += len(batches[-1])
-        if seen >= args.samples:
-            break
-    return batches
+    return data.calibration(args.samples, min(64, args.samples))

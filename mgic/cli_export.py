@@ -151,14 +151,10 @@ def load_source(args: Namespace) -> Source:
     else:
         weights = args.checkpoint.name
         fit_weights(model, read_safetensors(args.checkpoint), f"{args.checkpoint}: its weights do not fit {network}")
-    config: Any = getattr(model, "pretrained_cfg", {})
-    own = config.get("input_size")
-    if own is not None:
-        channels, *rest = own
-        own = (network.args.get("in_chans", channels), *([network.size] * 2 if network.size else rest))
+    own = network.input_size(model)
     if args.input_size is None and own is None:
         raise UserError(f"{network.name} says no input size: give --input_size, such as '[3, 1024]' for 1024 points")
-    return Source(network.name, model.eval(), weights, tuple(args.input_size or own))
+    return Source(network.file_name, model.eval(), weights, tuple(args.input_size or own or ()))
 
 
 def _formats(names: Sequence[str]) -> "dict[str, Format]":
@@ -198,9 +194,7 @@ def _check(args: Namespace, formats: "dict[str, Format]") -> None:
 
 def _calibration(source: Source, args: Namespace) -> "list[Tensor]":
     """Random training samples, as the network sees them in training but not augmented."""
-    import torch
-
-    from .data import Augmentation, epoch_order, load_data, padded
+    from .data import load_data, padded
     from .training.checkpoint import different
 
     if args.data is not None:
@@ -217,10 +211,7 @@ def _calibration(source: Source, args: Namespace) -> "list[Tensor]":
             f"{data.name} has inputs of size {list(data.input_size)}, the network's are {list(source.input_size)}; "
             "give --input_size or other --data"
         )
-    chosen = torch.split(epoch_order(len(data.train), 0, 0)[: args.calibration_samples], CALIBRATION_BATCH)
-    batches = data.train.training_batches(chosen, Augmentation(), 0, 0, 0)
-    normalize = data.normalizer(torch.device("cpu"))
-    return [normalize(inputs) for inputs, _ in batches]
+    return data.calibration(args.calibration_samples, CALIBRATION_BATCH)
 
 
 def _label(name: str) -> str:

@@ -80,6 +80,8 @@ def instant(monkeypatch):
         ("resnet20@48", Network("resnet20", size=48)),
         ("mgic_resnet20:group_size=4,width=2.0", Network("mgic_resnet20", {"group_size": 4, "width": 2.0})),
         ("mgic_mobilenetv3_100@64:act=relu", Network("mgic_mobilenetv3_100", {"act": "relu"}, 64)),
+        ("torchvision:resnet18", Network("torchvision:resnet18")),
+        ("a:b=[1, 2],c={d: 3, e: x}", Network("a", {"b": [1, 2], "c": {"d": 3, "e": "x"}})),
     ],
 )
 def test_a_network_is_read_from_text_and_written_as_the_same(text, network):
@@ -87,7 +89,9 @@ def test_a_network_is_read_from_text_and_written_as_the_same(text, network):
     assert str(network) == text
 
 
-@pytest.mark.parametrize("text", ["", "@8", "resnet20@big", "resnet20:group_size", "resnet20:=4", "resnet20:a=1,,b=2"])
+@pytest.mark.parametrize(
+    "text", ["", "@8", "resnet20@big", "resnet20:group_size", "resnet20:=4", "resnet20:a=1,,b=2", "a:b={c"]
+)
 def test_text_that_is_no_network_is_refused(text):
     with pytest.raises(UserError, match="name@SIZE or name:argument=value"):
         Network.parse(text)
@@ -101,6 +105,13 @@ def test_a_network_to_time_is_the_same_every_time_and_hides_no_branch_behind_a_z
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert min(float(norm.weight.detach().min()) for norm in norms) >= 0.5
     assert not model.training
+
+
+def test_channels_and_pixels_are_those_asked_for():
+    assert Network.parse("resnet18@32:in_chans=1").build()[1] == (1, 32, 32)
+    converted, size = Network.parse("torchvision:resnet18@32:conversion={group_size: 8, coarsest: 16}").build()
+    assert size == (3, 32, 32)
+    assert any(isinstance(m, mgic.MGICBlock) for m in converted.modules())
 
 
 def test_branches_that_can_be_merged_are_merged():

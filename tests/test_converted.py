@@ -129,6 +129,9 @@ def test_a_budget_and_a_dry_run_on_the_command_line(call, tmp_path):  # noqa: F8
             "give one of target_params, target_macs",
         ),
         (["resnet20", "--warm-start", "--out=x"], "needs calibration data: --data"),
+        (["resnet20", "--data=digits", "--dry-run"], "--data belongs to --warm-start"),
+        (["resnet20", "--steps=5", "--dry-run"], "--steps belongs to --warm-start"),
+        (["resnet20", "--threads=2", "--dry-run"], "--threads belongs to --target_ms"),
         (
             ["resnet20", "--pretrained", "--checkpoint=a.safetensors", "--dry-run"],
             "give one of --pretrained and --checkpoint",

@@ -98,6 +98,18 @@ def test_random_keys_of_different_purposes_differ():
     assert all(0 <= key < 2**63 for key in keys)
 
 
+def test_calibration_takes_distinct_samples_from_everywhere_as_the_network_gets_them():
+    pixels = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1)  # sorted, as folders of classes are
+    data = replace(stripes(), train=Images(pixels, torch.zeros(100, dtype=torch.int64)), mean=(0.2,), std=(0.5,))
+    batches = data.calibration(20, 8)
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    chosen = ((torch.cat(batches).flatten() * 0.5 + 0.2) * 255).round()
+    assert len(set(chosen.tolist())) == 20
+    assert chosen.min() < 25
+    assert chosen.max() > 75
+    assert all(torch.equal(a, b) for a, b in zip(batches, data.calibration(20, 8), strict=True))
+
+
 def test_evaluation_batches_are_all_images_in_order():
     split = stripes().test
     images, labels = zip(*split.evaluation_batches(6, 0), strict=True)

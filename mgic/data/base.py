@@ -134,6 +134,12 @@ class Data:
         std = torch.tensor(self.std, device=device).view(shape) * self.scale
         return lambda x: (x.float() - mean) / std
 
+    def calibration(self, samples: int, batch_size: int) -> list[Tensor]:
+        """Training samples chosen at random, always the same ones: not augmented, as the network gets them, in batches."""
+        chosen = torch.split(epoch_order(len(self.train), 0, 0)[:samples], batch_size)
+        normalize = self.normalizer(torch.device("cpu"))
+        return [normalize(inputs) for inputs, _ in self.train.training_batches(chosen, Augmentation(), 0, 0, 0)]
+
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell this data set from another: a resumed run must find the same ones."""
         return {
