@@ -96,7 +96,8 @@ def one_seed(seed: int, args: argparse.Namespace, data: object) -> dict[str, dic
     batches = [normalize(next(stream)[0]) for _ in range(CALIBRATION)]
     summary = json.loads((dense_run / "summary.json").read_text())
     facts = {"params": cost(dense, size).params, "macs": cost(dense, size).macs}
-    rows = {"dense": {"before": summary["test_accuracy"], "after": summary["test_accuracy"], **facts}}
+    found = {"before": summary["test_accuracy"], "after": summary["test_accuracy"], "train": summary["train_accuracy"]}
+    rows = {"dense": {**found, **facts}}
     for name, make in starts(dense, size, batches).items():
         folder = home / name.replace(", ", "-").replace(" ", "_")
         note = folder.with_suffix(".json")
@@ -150,7 +151,7 @@ def main() -> None:
     metrics = {
         f"{name} {key}": [run[name][key] for run in runs]
         for name in runs[0]
-        for key in ("before", "after", "params", "macs")
+        for key in ("before", "after", "train", "params", "macs")
     }
     notes = [
         f"test accuracy in %, before and after {TUNE.epochs} more epochs (rate {TUNE.lr}, the same for all); dense: "
