@@ -216,4 +216,4 @@ def _calibration(args: Namespace, name: str | None, arguments: dict[str, Any], r
     data = padded(load_data(name, args.root, **arguments), run.recipe.pad_images if run is not None else 0)
     if run is not None:
         data = replace(data, mean=tuple(run.data["mean"]), std=tuple(run.data["std"]))
-    return data.calibration(args.samples, min(64, args.samples))
+    return [inputs for inputs, _ in data.drawn(data.train, args.samples, min(64, args.samples))]

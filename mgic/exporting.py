@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,8 @@ TOLERANCE = 1e-4
 """Largest relative difference from eager PyTorch of a float32 file."""
 DECIBELS = 25.0
 """Least ratio of signal to error of an int8 file."""
+POINTS = 1.0
+"""Most that the score of an int8 file may lie below that of eager PyTorch, in percent points."""
 MANY_GROUPS = 64
 """Groups above which some converters and compilers make one operation a group."""
 
@@ -100,6 +103,7 @@ class Format:
         runtime: The module that runs it.
         tolerance: Largest relative difference from eager PyTorch.
         decibels: Least ratio of signal to error.
+        points: Most that its score may fall, where there is one to hold against.
         calibrated: Whether it needs real inputs. What it writes is then judged on such inputs, not on noise.
         bounded: Whether a file takes ``max_batch`` inputs at most.
     """
@@ -112,6 +116,7 @@ class Format:
     runtime: str = "torch"
     tolerance: float = TOLERANCE
     decibels: float = -math.inf
+    points: float = POINTS
     calibrated: bool = False
     bounded: bool = False
 
@@ -133,6 +138,7 @@ class Artefact:
         macs: Multiply-adds of one input.
         error: Largest relative difference from eager PyTorch on all inputs it was tried on.
         decibels: Least ratio of signal to error on them; None where there was no error.
+        score: In percent, of the network (``eager``) and of the file (``file``); None where nobody asked for it.
         convolutions: Convolutions that the network runs (``expected``) and nodes of the file that are one (``found``). The
             file has fewer where a convolution of a constant was worked out beforehand.
         sha256: Of each file.
@@ -157,6 +163,7 @@ class Artefact:
     bytes: int
     versions: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+    score: Mapping[str, float] | None = None
 
     @property
     def takes(self) -> str:
@@ -172,6 +179,7 @@ def export(
     *,
     format: str | Format = "onnx",
     calibration: Sequence[Tensor] = (),
+    score: Callable[[Run], float] | None = None,
     max_batch: int = 8,
     name: str | None = None,
     weights: str = "as given",
@@ -188,6 +196,8 @@ def export(
         path: The file; its suffix is the format's.
         format: A name among `FORMATS`, or a `Format` of your own.
         calibration: For int8: batches of real inputs of the example's size.
+        score: What a network, or its file, is worth on samples that it was not trained on, in percent: accuracy, say. A file
+            more than `POINTS` below the network is rejected.
         max_batch: Most inputs at once, where the format plans memory for them (ExecuTorch).
         name: What to call the network; by default its class.
         weights: Where its weights are from, for the description.
@@ -234,6 +244,17 @@ def export(
                 f"{path}: not exported: it differs from eager PyTorch by {error:.1e} of the largest output "
                 f"({decibels:.1f} dB); {limit} would do"
             )
+        scores = None
+        if score is not None:
+            scores = {
+                "eager": score(partial(_eager, reference)),
+                "file": score(lambda x: _restore(outputs, leaves(x))),
+            }
+        if scores and not scores["file"] >= scores["eager"] - kind.points:
+            raise Rejected(
+                f"{path}: not exported: it scores {scores['file']:.2f} % where eager PyTorch scores {scores['eager']:.2f} %; "
+                f"{kind.points:g} points less would do"
+            )
         files = sorted(folder.iterdir())
         made = Artefact(
             format=next((key for key, value in FORMATS.items() if value is kind), path.suffix),
@@ -251,6 +272,7 @@ def export(
             sha256={one.name: _sha256(one) for one in files},
             bytes=sum(one.stat().st_size for one in files),
             versions=_versions(kind.packages),
+            score=scores,
         )
         write_json(folder / _description(path).name, asdict(made))
     return made

@@ -275,12 +275,24 @@ def apply_(
 def input_size_of(model: nn.Module) -> tuple[int, ...]:
     """Return the size of an input without the batch: what the network says (``pretrained_cfg``), else 224 x 224 pixels.
 
-    The channels are those of its first convolution, whatever the configuration says.
+    The channels are those of its first convolution, whatever the configuration says; unless the network does not run on
+    such an input and does on what it says (a stem that turns pixels into channels).
     """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(config.get("input_size", (3, 224, 224)))
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return size if first is None else (first.in_channels, *size[1:])
+    found = size if first is None else (first.in_channels, *size[1:])
+    return size if found != size and _runs_on(model, size) and not _runs_on(model, found) else found
+
+
+def _runs_on(model: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether a network takes an input of a size, tried on the meta device."""
+    try:
+        with torch.no_grad():
+            copied(model).to("meta", torch.float32).eval()(torch.empty(1, *size, device="meta"))
+    except _BROKEN:
+        return False
+    return True
 
 
 def checked_size(input_size: Sequence[int]) -> tuple[int, ...]:

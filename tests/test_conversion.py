@@ -128,6 +128,12 @@ def test_torchvisions_networks_are_built_by_name():
         mgic.create_model("torchvision:resnet19")
 
 
+def test_a_stem_that_turns_pixels_into_channels_takes_images_all_the_same():
+    model = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 48, 3, padding=1))
+    assert convert_(model, NARROW).after.input_size == (3, 224, 224)
+    assert convert_(nn.Sequential(nn.Conv2d(48, 48, 3)), NARROW).after.input_size == (48, 224, 224)
+
+
 def test_timms_contract_holds_after_conversion():
     model = timm.create_model("resnet18", in_chans=1, num_classes=4)
     report = convert_(model, Conversion(group_size=8, coarsest=32))

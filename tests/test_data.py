@@ -98,16 +98,19 @@ def test_random_keys_of_different_purposes_differ():
     assert all(0 <= key < 2**63 for key in keys)
 
 
-def test_calibration_takes_distinct_samples_from_everywhere_as_the_network_gets_them():
+def test_drawn_samples_are_distinct_from_everywhere_and_as_the_network_gets_them():
     pixels = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1)  # sorted, as folders of classes are
-    data = replace(stripes(), train=Images(pixels, torch.zeros(100, dtype=torch.int64)), mean=(0.2,), std=(0.5,))
-    batches = data.calibration(20, 8)
+    data = replace(stripes(), train=Images(pixels, torch.arange(100)), mean=(0.2,), std=(0.5,))
+    batches, labels = zip(*data.drawn(data.train, 20, 8), strict=True)
     assert [len(batch) for batch in batches] == [8, 8, 4]
     chosen = ((torch.cat(batches).flatten() * 0.5 + 0.2) * 255).round()
+    assert torch.equal(chosen, torch.cat(labels).float())
     assert len(set(chosen.tolist())) == 20
     assert chosen.min() < 25
     assert chosen.max() > 75
-    assert all(torch.equal(a, b) for a, b in zip(batches, data.calibration(20, 8), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches, next(zip(*data.drawn(data.train, 20, 8), strict=True)), strict=True)
+    )
 
 
 def test_evaluation_batches_are_all_images_in_order():

@@ -19,10 +19,12 @@ import mgic
 from mgic import cli_export, exporting
 from mgic.benchmarking import Case, ExportedFile, group, measure
 from mgic.cli import main
+from mgic.data import load_data
 from mgic.errors import UserError
 from mgic.exporting import FORMATS, Format, Rejected, count_convolutions, export, load_artefact
 from mgic.models.points import DiffConv, differential_operators
 from mgic.runtime.paths import relative_error
+from mgic.training import evaluate
 
 SIZE = (3, 32, 32)
 NAMES = list(FORMATS)
@@ -185,6 +187,32 @@ def test_r30_a_wrong_norm_is_caught_in_every_format_and_the_older_file_is_kept(m
         assert len(str(error.value).splitlines()) == 1
         assert {one.name: one.read_bytes() for one in copies.iterdir()} == before
     export(tiny(), inputs(1), file, format=again(made, name), calibration=CALIBRATION)  # the right network passes
+
+
+def test_r30_a_file_that_scores_a_point_less_than_the_network_is_rejected(made, tmp_path):
+    """The network scores 90 %; the same file once 88.9 %, once 89 %."""
+
+    def score(of_file):
+        asked = []
+
+        def score(run):
+            assert run(inputs(1)).keys() == tiny()(inputs(1)).keys()
+            asked.append(run)
+            return [90.0, of_file][len(asked) - 1]
+
+        return score
+
+    again_onnx = replace(again(made, "onnx"), calibrated=True)
+    with pytest.raises(
+        Rejected, match=r"it scores 88\.90 % where eager PyTorch scores 90\.00 %; 1 points less would do"
+    ):
+        export(tiny(), inputs(1), tmp_path / "onnx.onnx", format=again_onnx, calibration=CALIBRATION, score=score(88.9))
+    assert list(tmp_path.iterdir()) == []
+    passed = export(
+        tiny(), inputs(1), tmp_path / "onnx.onnx", format=again_onnx, calibration=CALIBRATION, score=score(89)
+    )
+    assert passed.score == {"eager": 90.0, "file": 89}
+    assert exporting.describe_artefact(tmp_path / "onnx.onnx")["score"] == passed.score
 
 
 def test_int8_below_25_decibels_is_rejected_and_above_it_is_not(tmp_path):
@@ -455,7 +483,7 @@ def quick(made, monkeypatch):
         monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=write(name)))
     source = cli_export.Source("tiny", tiny(), "random", SIZE)
     monkeypatch.setattr(cli_export, "load_source", lambda args: source)
-    monkeypatch.setattr(cli_export, "_calibration", lambda source, args: CALIBRATION)
+    monkeypatch.setattr(cli_export, "_calibration", lambda source, args: (CALIBRATION, None))
 
 
 def test_the_command_writes_a_table_and_json(quick, tmp_path, capsys):
@@ -540,9 +568,11 @@ def test_a_run_and_a_checkpoint_are_loaded_with_their_weights(tmp_path):
     with torch.no_grad():
         assert torch.equal(named.model(x), trained.model(x))
         assert not torch.equal(cli_export.load_source(arguments(**words)).model(x), trained.model(x))
-    batches = cli_export._calibration(trained, arguments(source=str(run), calibration_samples=20))
+    batches, score = cli_export._calibration(trained, arguments(source=str(run), calibration_samples=20))
     assert [tuple(batch.shape) for batch in batches] == [(16, 1, 8, 8), (4, 1, 8, 8)]
     assert abs(float(torch.cat(batches).mean())) < 0.3  # normalised
+    test = evaluate(trained.model, load_data("digits"))  # 360 samples: all of them are scored
+    assert score(trained.model) == pytest.approx(test["accuracy"])
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path):

@@ -134,11 +134,11 @@ class Data:
         std = torch.tensor(self.std, device=device).view(shape) * self.scale
         return lambda x: (x.float() - mean) / std
 
-    def calibration(self, samples: int, batch_size: int) -> list[Tensor]:
-        """Training samples chosen at random, always the same ones: not augmented, as the network gets them, in batches."""
-        chosen = torch.split(epoch_order(len(self.train), 0, 0)[:samples], batch_size)
+    def drawn(self, split: Split, samples: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Samples of a split drawn at random, always the same ones: not augmented, as a network gets them, and targets."""
+        chosen = torch.split(epoch_order(len(split), 0, 0)[:samples], batch_size)
         normalize = self.normalizer(torch.device("cpu"))
-        return [normalize(inputs) for inputs, _ in self.train.training_batches(chosen, Augmentation(), 0, 0, 0)]
+        return [(normalize(x), y) for x, y in split.training_batches(chosen, Augmentation(), 0, 0, 0)]
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell this data set from another: a resumed run must find the same ones."""
