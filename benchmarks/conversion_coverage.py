@@ -23,7 +23,7 @@ from torch import nn
 from mgic.conversion import convert
 from mgic.counting import cost
 from mgic.surgery import Conversion, input_size_of
-from mgic.training.records import make_record, read_record, write_record
+from mgic.training.records import commit, make_record, read_record, write_record
 
 CONVERSION = Conversion(group_size=32, coarsest=32)
 FAMILIES = (  # timm's modules of convolutional networks
@@ -173,6 +173,7 @@ def main() -> None:
             error = future.exception()
             lines = str(error).splitlines()[:1]
             row = {"network": name, "crash": f"{type(error).__name__}: {lines}"} if error else future.result()
+            row["commit"] = commit()["id"]
             print(f"{time.perf_counter() - began:6.1f} s  {json.dumps(row)[:150]}", flush=True)
             file.write_text(json.dumps(row))
         rows.append(json.loads(file.read_text()))
@@ -191,6 +192,7 @@ def main() -> None:
         f"s_g = {CONVERSION.group_size}, s_c = {CONVERSION.coarsest}; random weights; a training step on two random images",
         f"timm: up to {PER_FAMILY} names (thrice that of the largest families) spread evenly over each family's list, "
         f"those above {LARGEST / 1e6:.0f} million parameters left out: {sum('skipped' in row for row in rows)}",
+        f"networks by commit: {dict(Counter(str(row['commit'])[:7] for row in done))}",
     ]
     command = "python benchmarks/conversion_coverage.py --out RUN --record results/conversion-coverage.json"
     write_record(args.record, make_record(command, "random images", [0], metrics, notes, rows=[*crashes, *done]))
