@@ -8,6 +8,7 @@ A network passes when nothing is raised, every weight belongs to a row of the re
 
 import argparse
 import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -134,6 +135,11 @@ def step_at(model: nn.Module, size: tuple[int, ...]) -> dict:
 def markdown(record: dict) -> str:
     """The table of the documentation."""
     done = [row for row in record["rows"] if "rows" in row]
+    reasons: Counter[str] = Counter()
+    for row in done:
+        for reason, count in row["kept_because"].items():
+            # without names and numbers: merged by reparameterize() of NAME, the widths 75 and 107 cannot be halved
+            reasons[re.sub(r"(\(\)) of .*| \d+ and \d+", r"\1", reason)] += count
     lines = [
         "# Coverage of conversion",
         "",
@@ -144,7 +150,11 @@ def markdown(record: dict) -> str:
         "`results/conversion-coverage.json`. Transformers come back unchanged: their layers are linear (`linear=True` "
         "replaces them).",
         "",
-        "| network | blocks | convolutions | kept | parameters, M | | MACs, M | |",
+        "`blocks` and `convolutions` count what was replaced, `kept` the other layers with weights. The reasons for those: "
+        + ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common())
+        + ".",
+        "",
+        "| network | blocks | convolutions | kept | parameters, M | converted | MACs, M | converted |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in done:
