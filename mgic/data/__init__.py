@@ -9,18 +9,20 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from . import functions, images, masks, points
-from .base import Augmentation, Data, Split, epoch_order, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Share, Split, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
 
 __all__ = [
     "LICENCES",
     "LOADERS",
+    "WHOLE",
     "Augmentation",
     "Data",
     "ImageFiles",
     "Images",
     "Meter",
+    "Share",
     "Split",
     "Task",
     "augment_batch",
