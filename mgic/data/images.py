@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -116,12 +116,12 @@ class ImageFiles:
     place where a run was resumed changes a single pixel.
 
     Args:
-        samples: Path and label of each image.
+        samples: Path (or open file) and label of each image.
         size: Height and width of the network's input, in pixels.
         device: Where batches go.
     """
 
-    samples: tuple[tuple[Path, int], ...]
+    samples: Sequence[tuple[Any, int]]
     size: int
     device: torch.device | str = "cpu"
 
@@ -131,7 +131,7 @@ class ImageFiles:
 
     def to(self, device: torch.device) -> ImageFiles:
         """The same files, with batches sent to ``device``."""
-        return ImageFiles(self.samples, self.size, device)
+        return replace(self, device=device)
 
     def digest(self) -> str:
         """A hash of the file names with their folders, sizes and labels; the pixels are not read."""
@@ -174,13 +174,13 @@ class ImageFiles:
 
 
 def _read_image(
-    samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor], index: int
+    samples: Sequence[tuple[Any, int]], transform: Callable[[Any], Tensor], index: int
 ) -> tuple[Tensor, Tensor]:
     path, label = samples[index]
     return transform(open_image(path)), torch.tensor(label)
 
 
-def open_image(path: Path) -> Any:
+def open_image(path: Path | IO[bytes]) -> Any:
     """Decode an image file as an RGB picture of Pillow.
 
     Raises:
