@@ -20,12 +20,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_faults import PRELOADED
+from test_shards import write_both
 from tiny import RECIPE, STEPS_PER_EPOCH, stripes
 from torch import distributed, nn
 from torch.nn import functional as F
 
 from mgic.cli import main
-from mgic.data import Data, classification, segmentation
+from mgic.data import Data, classification, load_data, segmentation
 from mgic.errors import Stopped, UserError
 from mgic.training import LostProcess, TrainedNetwork, evaluate, load_run, train
 from mgic.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
@@ -211,6 +212,37 @@ def test_r25_a_run_goes_on_with_another_number_of_processes(server, alone, tmp_p
     trials.passes(relative_loss_difference=apart)
 
 
+def coloured() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+
+def reading(rank, folder, shards, workers, stop):
+    """Train on shards with so many data workers; the first process gets a signal after step ``stop``."""
+    os.environ["MGIC_CACHE"] = str(shards / "cache")
+    recipe = replace(RECIPE, batch_size=4, epochs=2, crop_padding=0, checkpoint_every=1, workers=workers)
+
+    def on_step(step):
+        if (rank, step) == (0, stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    data = load_data(f"shards:{shards}", image_size=8)
+    train(recipe, coloured, data, folder, progress=False, accelerator="cpu", on_step=on_step)
+
+
+def test_r25_other_data_workers_change_no_bit_of_a_run_on_shards(server, tmp_path):
+    list(write_both(tmp_path))
+    shards, whole, run = tmp_path / "shards", tmp_path / "whole", tmp_path / "run"
+    assert finish(start(server, 2, reading, whole, shards, 0, None)) == [0, 0]
+    assert finish(start(server, 2, reading, run, shards, 2, 1)) == [143, 143]
+    assert finish(start(server, 2, reading, run, shards, 1, None)) == [0, 0]
+    ours, theirs = (newest_checkpoint(folder / "checkpoints") for folder in (run, whole))
+    assert ours["step"] == theirs["step"] == 4
+    for part in ("model", "average"):
+        assert all(torch.equal(value, ours[part][name]) for name, value in theirs[part].items())
+    losses_there = [[row["train_loss"], row["test_loss"]] for row in theirs["progress"]["history"]]
+    assert [[row["train_loss"], row["test_loss"]] for row in ours["progress"]["history"]] == losses_there
+
+
 def test_r25_another_global_batch_is_refused_in_one_line_by_all(server, alone, tmp_path, capfd):
     folder = tmp_path / "run"
     assert finish(start(server, 2, training, folder, EACH_STEP, None, (0, 3, signal.SIGINT))) == [130, 130]
@@ -323,6 +355,16 @@ def evaluation(rank, folder):
 
 def test_processes_evaluate_together_what_one_does(server, alone):
     assert finish(start(server, 3, evaluation, alone)) == [0, 0, 0]
+
+
+def test_norms_of_their_own_are_the_first_processs_in_evaluation_and_in_the_weights(server, tmp_path):
+    recipe = replace(EACH_STEP, sync_norms=False)
+    assert finish(start(server, 2, training, tmp_path / "run", recipe)) == [0, 0]
+    model, summary = network(), json.loads((tmp_path / "run" / "summary.json").read_text())
+    model.load_state_dict(load_run(tmp_path / "run").state_dict)
+    found = evaluate(model, numbered(), batch_size=recipe.eval_batch_size)
+    assert found["accuracy"] == summary["test_accuracy"]
+    assert found["loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
 
 
 class Staged(nn.Module):

@@ -259,7 +259,7 @@ def _fabric(recipe: Recipe, accelerator: str) -> Any:
         raise UserError(
             f"{devices} processes on a machine of {torch.cuda.device_count()} GPUs: one a GPU, or accelerator cpu"
         )
-    # Buffers are equal in all processes: those of norms are computed so, the others never change.
+    # Each process has its own buffers: those of synchronised norms are equal, and no forward pass needs the others'.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
     strategy: Any = DDPStrategy(**{broadcast: False}) if devices * nodes > 1 else "auto"  # type: ignore[arg-type]
@@ -340,7 +340,7 @@ class _Run:
             fast_training_(model)
         self.normalize = data.normalizer(fabric.device)
         self.average = deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
-        if processes.count > 1:
+        if processes.count > 1 and recipe.sync_norms:
             model = synchronize_norms_(model, fabric.device)
         if recipe.compile:
             model.compile()
@@ -523,9 +523,12 @@ class _Run:
             self._agreed(0.0)
             self._check_signals()
 
+        model = self.average or self.model
+        if not self.recipe.sync_norms:
+            self.processes.copy_first(model.buffers())
         with self.fabric.autocast():
             return evaluate(
-                self.average or self.model,
+                model,
                 self.data,
                 split,
                 batch_size=self.recipe.eval_batch_size,

@@ -183,12 +183,18 @@ class Processes:
                 told[0] = action()
             except (UserError, OSError, Stopped) as caught:
                 error, told[1] = caught, exit_code(caught)
-        distributed.broadcast_object_list(told, src=0, device=self.device)
+        distributed.broadcast_object_list(told, src=0, device=torch.device(self.device))
         if error is not None:
             raise error
         if told[1]:
             raise Elsewhere(told[1])
         return told[0]  # type: ignore[no-any-return]
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
 
     def same(self, values: dict[str, Any], what: str) -> None:
         """Refuse processes that differ in what must be one.
