@@ -281,7 +281,7 @@ def uneven():
 def test_uneven_means_and_losses_that_are_not_finite_are_those_of_one_process(server, tmp_path):
     folders = [tmp_path / "1", tmp_path / "2"]
     for count, folder in enumerate(folders, 1):
-        assert finish(start(server, count, training, folder, EACH_STEP, uneven)) == [0] * count
+        assert finish(start(server, count, training, folder, replace(EACH_STEP, clip_grad=0.5), uneven)) == [0] * count
     assert [load_checkpoint(f / "checkpoints" / "step-000000016.ckpt")["progress"]["skipped"] for f in folders] == [
         2,
         2,
@@ -337,6 +337,17 @@ def test_a_norm_that_cannot_be_shared_is_named():
 
     with pytest.raises(UserError, match="0: Odd cannot be shared"):
         synchronize_norms_(nn.Sequential(Odd(3)), torch.device("cpu"))
+
+
+def differing(rank, folder):
+    distributed.init_process_group("gloo")
+    Processes(rank, 3).same({"seed": 0}, "processes differ")
+    Processes(rank, 3).same({"seed": 0, "digest": "b" if rank == 1 else "a"}, "processes differ")
+
+
+def test_a_process_with_other_data_ends_all(server, tmp_path, capfd):
+    assert finish(start(server, 3, differing, tmp_path)) == [2, 2, 2]
+    assert capfd.readouterr().err.strip() == "processes differ: digest is 'b' here, 'a' in the first process"
 
 
 def evaluation(rank, folder):
@@ -438,7 +449,7 @@ def environment(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_r26_the_command_starts_processes_and_ends_them_all_when_one_is_killed(tmp_path, capsys):
     folder = tmp_path / "run"
-    words = ["train", "--recipe", "digits", "--model", "resnet20", "--batch_size", "64", "--epochs", "200"]
+    words = ["train", "--recipe", "digits", "--model", "mgic_resnet20", "--batch_size", "64", "--epochs", "200"]
     words += ["--checkpoint_every", "1", "--accelerator", "cpu", "--threads", "1", "--out", str(folder)]
     command = [sys.executable, "-m", "mgic", *words, "--devices", "2"]
     with (tmp_path / "said").open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as launcher:
@@ -451,7 +462,10 @@ def test_r26_the_command_starts_processes_and_ends_them_all_when_one_is_killed(t
         ranks = {environment(pid).get("RANK"): pid for pid in started if "RANK" in environment(pid)}
         assert set(ranks) == {"0", "1"}
         os.kill(ranks["1"], signal.SIGKILL)
-        assert launcher.wait(HANG) not in (0, None)
+        assert launcher.wait(HANG) == LostProcess.exit_code
+    assert (
+        "mgic: process 1 was ended by SIGKILL; the same command continues the run\n" in (tmp_path / "said").read_text()
+    )
     assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
     saved = newest_checkpoint(folder / "checkpoints", strict=True)
     assert saved["step"] >= 1

@@ -52,7 +52,7 @@ class Task:
         shape: ``input_size -> shape`` of the output for one such input.
         forward: ``(model, x) -> output`` in training.
         infer: The same in evaluation.
-        terms: How many terms the mean of the loss has, given a target; by default one a sample.
+        terms: How many terms the mean of the loss has, given a target; None: as many for each sample.
         samples: What they are called in messages: ``images``, ``point clouds``.
         smooths: Whether the loss knows label smoothing.
         classes: Names of the classes, where they have any.
@@ -67,7 +67,7 @@ class Task:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     forward: Callable[[nn.Module, Tensor], Tensor] = call
     infer: Callable[[nn.Module, Tensor], Tensor] = call
-    terms: Callable[[Tensor], int] = len
+    terms: Callable[[Tensor], int] | None = None
     samples: str = "images"
     smooths: bool = True
     classes: tuple[str, ...] = ()

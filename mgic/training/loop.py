@@ -155,7 +155,7 @@ def train(
     processes, fingerprint = Processes.of(fabric), data.fingerprint()
     folder = RunFolder(Path(out), recipe, fingerprint, note_sources(teacher, init))
     with Signals() as signals, processes.together(), ExitStack() as opened:
-        processes.same({"recipe": recipe.to_dict(), **fingerprint, **folder.sources}, "processes differ")
+        processes.same({**recipe.to_dict(), **fingerprint, **folder.sources}, "processes differ")
         processes.first(lambda: opened.enter_context(folder) and None)
         outcome = "failed"
         processes.first(lambda: folder.write_status("running"))
@@ -480,7 +480,7 @@ class _Run:
             loss = self.distillation.loss(loss, output.float(), features, lesson)
         else:
             loss = task.loss(task.forward(self.wrapped, x).float(), targets, recipe.label_smoothing)
-        if self.processes.count > 1:  # DDP takes the mean over processes: each counts by the terms of its own mean
+        if self.processes.count > 1 and task.terms:  # DDP takes the mean: each process counts by the terms of its own
             terms = torch.tensor([float(task.terms(targets))], dtype=torch.float64)
             loss = loss * float(terms * self.processes.count / self.processes.total(terms).clamp(min=1))
         value = self._agreed(loss.item())

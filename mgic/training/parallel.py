@@ -11,6 +11,7 @@ import importlib
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -99,6 +100,8 @@ def must_launch(devices: int, nodes: int) -> bool:
 def launch(devices: int, nodes: int, words: Sequence[str]) -> int:
     """Run ``mgic`` in several processes, as torchrun does, and return the exit status of the first that failed, or 0.
 
+    The processes say themselves what is wrong; torchrun's report of it is left out.
+
     Args:
         devices: Processes on this machine, one a GPU.
         nodes: Machines; beyond one, ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK`` say where the first listens and which
@@ -107,6 +110,7 @@ def launch(devices: int, nodes: int, words: Sequence[str]) -> int:
 
     Raises:
         UserError: One of the three is missing.
+        LostProcess: One was ended by a signal.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -121,11 +125,15 @@ def launch(devices: int, nodes: int, words: Sequence[str]) -> int:
         address, port, node = (os.environ[name] for name in names)
         place = [f"--nnodes={nodes}", f"--master-addr={address}", f"--master-port={port}", f"--node-rank={node}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // devices, 1)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(torchrun.parse_args([*place, f"--nproc-per-node={devices}", "--module", "mgic", *words]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise LostProcess(f"process {number} was ended by {name}; the same command continues the run") from error
+        return failure.exitcode
     except SignalException as signalled:
         return 128 + int(signalled.sigval)
     return 0
