@@ -4,6 +4,7 @@ A wrong call prints one line and exits with 2. Flags of configurations are deriv
 """
 
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -291,6 +292,8 @@ def _add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--init", type=Path, default=None, help="start from a finished run or a .safetensors file")
     parser.add_argument("--new-head", action="store_true", help="with --init: start the classifier afresh")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--devices", type=int, default=1, help="processes on this machine, one a GPU")
+    parser.add_argument("--num-nodes", type=int, default=1, help="machines; docs/many-machines.md")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
     parser.add_argument("--strict-resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
     parser.add_argument("--json-summary", type=Path, default=None, help="write the result of the run(s) as JSON")
@@ -333,10 +336,18 @@ def _run_train(args: Namespace, given: Sequence[str]) -> int:
     seeds = _check_seeds([recipe.seed] if args.seeds is None else args.seeds)
     _check_output(args.json_summary, args.record)
     _set_threads(args.threads)
+    from .training.parallel import check_share, launch, must_launch, rank
+
+    to_launch = must_launch(args.devices, args.num_nodes)
     sources = _load_sources(args)
     data = _load_data(recipe, args)
+    if to_launch:
+        check_share(recipe.batch_size, args.devices * args.num_nodes)
+        return launch(args.devices, args.num_nodes, given)
     folders = [args.out if args.seeds is None else args.out / f"seed-{seed}" for seed in seeds]
     runs = _train_seeds(recipe, data, seeds, folders, args, reuse=args.seeds is not None, **sources)
+    if rank():  # the first process speaks for all
+        return 0
     _show_runs(runs, data.task)
     if args.json_summary is not None:
         from .training.checkpoint import write_json
@@ -747,6 +758,9 @@ EXAMPLES = {
   mgic train --recipe digits --teacher runs/dense --out runs/d           learn from a trained network
   mgic train --recipe digits --init runs/other --new-head --out runs/e   start from its weights
 
+  mgic train --recipe digits --devices 2 --accelerator cpu --out runs/f  two processes share each batch
+  torchrun --nproc-per-node 8 -m mgic train --recipe imagenet_mgic_resnet50 --data shards:imagenet --out runs/g
+
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
 --model_args.NAME one of them.""",
     "evaluate": "  mgic evaluate runs/a --split train",
@@ -813,5 +827,8 @@ def _missing_extra(error: ImportError) -> str:
 
 def _fail(error: object, code: int) -> int:
     line = " ".join(str(error).split())
-    print(f"mgic: {line}", file=sys.stderr)  # noqa: T201
+    process = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    if process and isinstance(error, Stopped):  # all have stopped: the first process says why
+        return code
+    print(f"mgic{f' (process {process})' if process else ''}: {line}", file=sys.stderr)  # noqa: T201
     return code

@@ -9,7 +9,7 @@ from tiny import RECIPE, stripes, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from mgic.data import Augmentation, Data, classification, epoch_order, load_data, random_key, regression
+from mgic.data import WHOLE, Augmentation, Data, classification, epoch_order, load_data, random_key, regression
 from mgic.data.base import in_order, read_batches
 from mgic.errors import UserError
 from mgic.training import RunSummary, evaluate, load_run, train
@@ -36,12 +36,12 @@ class Numbers:
     def check(self, augmentation):
         augmentation.refuse("numbers")
 
-    def training_batches(self, batches, augmentation, epoch, step, workers):
-        for indices in batches:
+    def training_batches(self, batches, augmentation, epoch, step, workers, share=WHOLE):
+        for indices in map(share.of, batches):
             yield self.x[indices], self.y[indices]
 
-    def evaluation_batches(self, batch_size, workers):
-        yield from zip(self.x.split(batch_size), self.y.split(batch_size), strict=True)
+    def evaluation_batches(self, batch_size, workers, share=WHOLE):
+        yield from share.turns(zip(self.x.split(batch_size), self.y.split(batch_size), strict=True))
 
 
 def numbers(count, seed):

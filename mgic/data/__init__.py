@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, suggest
-from . import functions, images, masks, points
-from .base import Augmentation, Data, Split, epoch_order, random_key, read_batches
+from . import functions, images, masks, points, shards
+from .base import WHOLE, Augmentation, Data, Share, Split, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
 
 __all__ = [
     "LICENCES",
     "LOADERS",
+    "WHOLE",
     "Augmentation",
     "Data",
     "ImageFiles",
     "Images",
     "Meter",
+    "Share",
     "Split",
     "Task",
     "augment_batch",
@@ -42,6 +44,7 @@ LOADERS: dict[str, Callable[..., Data]] = {
     "cifar100": images.cifar("CIFAR100", 100),
     "npz": images.npz,
     "images": images.folder,
+    "shards": shards.folder,
     "cos_sin": functions.sampled(functions.COS_SIN),
     "cos_sin_family": functions.sampled(functions.COS_SIN_FAMILY),
     "masks": masks.folder,
@@ -61,6 +64,7 @@ LICENCES: dict[str, str] = {
     "cifar100": "unknown: its authors state none; ask them",
     "npz": _FILES,
     "images": _FILES,
+    "shards": _FILES,
     "cos_sin": "none needed: a formula of this library, evaluated at random points",
     "cos_sin_family": "none needed: a formula of this library, evaluated at random points",
     "masks": _FILES,

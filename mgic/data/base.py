@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .tasks import Task
+
+T = TypeVar("T")
 
 
 def random_key(*parts: int | str) -> int:
@@ -25,6 +27,38 @@ def random_key(*parts: int | str) -> int:
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     """The order in which epoch ``epoch`` visits ``length`` samples: ``(length,)`` int64, a function of its arguments."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(random_key("order", seed, epoch)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes takes of each batch: the ``rank``-th of ``ranks`` equal parts.
+
+    Batches, their order and their random numbers are those of all processes together; so none of them depends on how
+    many there are.
+
+    Args:
+        rank: Number of the process.
+        ranks: How many there are.
+
+    Examples:
+        >>> Share(1, 2).of(torch.arange(6)), Share(1, 2).turns([[0, 1], [2, 3], [4]])
+        (tensor([3, 4, 5]), [[2, 3]])
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, batch: Tensor) -> Tensor:
+        """The part of a batch to train on; ``ranks`` divides its length."""
+        return batch.chunk(self.ranks)[self.rank]
+
+    def turns(self, batches: Iterable[T]) -> list[T]:
+        """The whole batches to evaluate: every ``ranks``-th."""
+        return list(batches)[self.rank :: self.ranks]
+
+
+WHOLE = Share()
+"""All of each batch: one process."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +107,25 @@ class Split(Protocol):
         ...
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches of the given indices; the first of them belongs to step ``step``.
+        """Augmented batches of the given indices, or a share of each; the first of them belongs to step ``step``.
 
-        Whatever is random must follow from the seed and the epoch, the step or a sample's index alone.
+        Whatever is random must follow from the seed and the epoch, the step or a sample's index alone: a share of a batch
+        is what one cuts out of the whole.
         """
         ...
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples once, in order, without augmentation; batches may be smaller."""
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples once, in order, without augmentation; batches may be smaller. A share is every so many-th batch."""
         ...
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Augmentation, Data, random_key
+from .base import WHOLE, Augmentation, Data, Share, random_key
 from .tasks import regression
 
 PARTS = 20
@@ -145,14 +145,22 @@ class FunctionSamples:
         return x, function.formula(x)[:, None]
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The points of the given numbers; nothing else plays a part."""
-        return map(self.at, batches)
+        return map(self.at, map(share.of, batches))
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """All points, in order."""
-        return map(self.at, torch.split(torch.arange(self.length), batch_size))
+        return map(self.at, share.turns(torch.split(torch.arange(self.length), batch_size)))
 
 
 def sampled(function: Function) -> Callable[..., Data]:

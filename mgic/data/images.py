@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import Augmentation, Data, in_order, missing, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Share, in_order, missing, random_key, read_batches
 from .tasks import classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,7 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def augment_batch(images: Tensor, generator: torch.Generator, crop_padding: int, flip: bool) -> Tensor:
+def augment_batch(
+    images: Tensor, generator: torch.Generator, crop_padding: int, flip: bool, share: Share = WHOLE
+) -> Tensor:
     """Pad, crop at random and mirror a batch, each image on its own, with one gather.
 
     Args:
@@ -32,13 +34,17 @@ def augment_batch(images: Tensor, generator: torch.Generator, crop_padding: int,
         generator: Of the CPU, whatever the device: every device then sees the same crops.
         crop_padding: Pixels of black on each side; the offset is uniform on ``0 ... 2 * crop_padding``.
         flip: Mirror with probability 1/2.
+        share: What ``images`` are of a larger batch, for all of which random numbers are drawn.
 
     Shape:
         ``(N, C, H, W) -> (N, C, H, W)``
     """
     n, channels, height, width = images.shape
-    top, left = torch.randint(2 * crop_padding + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5 if flip else torch.zeros(n, 1, dtype=torch.bool)
+    drawn = n * share.ranks
+    top, left = map(share.of, torch.randint(2 * crop_padding + 1, (2, drawn, 1), generator=generator))
+    mirrored = (
+        share.of(torch.rand(drawn, 1, generator=generator)) < 0.5 if flip else torch.zeros(n, 1, dtype=torch.bool)
+    )
     columns = torch.arange(width).expand(n, width)
     rows = (top + torch.arange(height)).to(images.device)
     columns = (left + torch.where(mirrored, columns.flip(1), columns)).to(images.device)
@@ -78,18 +84,28 @@ class Images:
         """Images in memory take every augmentation."""
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches augmented by the seed and the step alone; ``epoch`` and ``workers`` play no part."""
         for offset, indices in enumerate(batches):
-            chosen = indices.to(self.images.device)
+            chosen = share.of(indices).to(self.images.device)
             generator = torch.Generator().manual_seed(random_key("augment", augmentation.seed, step + offset))
-            images = augment_batch(self.images[chosen], generator, augmentation.crop_padding, augmentation.flip)
+            images = augment_batch(self.images[chosen], generator, augmentation.crop_padding, augmentation.flip, share)
             yield images, self.labels[chosen]
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Slices of the images, in order."""
-        yield from zip(torch.split(self.images, batch_size), torch.split(self.labels, batch_size), strict=True)
+        yield from share.turns(
+            zip(torch.split(self.images, batch_size), torch.split(self.labels, batch_size), strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +116,12 @@ class ImageFiles:
     place where a run was resumed changes a single pixel.
 
     Args:
-        samples: Path and label of each image.
+        samples: Path (or open file) and label of each image.
         size: Height and width of the network's input, in pixels.
         device: Where batches go.
     """
 
-    samples: tuple[tuple[Path, int], ...]
+    samples: Sequence[tuple[Any, int]]
     size: int
     device: torch.device | str = "cpu"
 
@@ -115,7 +131,7 @@ class ImageFiles:
 
     def to(self, device: torch.device) -> ImageFiles:
         """The same files, with batches sent to ``device``."""
-        return ImageFiles(self.samples, self.size, device)
+        return replace(self, device=device)
 
     def digest(self) -> str:
         """A hash of the file names with their folders, sizes and labels; the pixels are not read."""
@@ -131,7 +147,13 @@ class ImageFiles:
             )
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random resized crops and flips by torchvision."""
         self.check(augmentation)
@@ -141,22 +163,24 @@ class ImageFiles:
         transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(self.size, antialias=True), flip])
         key = ("sample", augmentation.seed, epoch)
         read = partial(_read_image, self.samples, transform)
-        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device)
+        return read_batches(read, [share.of(b).tolist() for b in batches], key, workers, self.device)
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The centres of the images; see `centre_crop`."""
         read = partial(_read_image, self.samples, partial(centre_crop, self.size))
-        return read_batches(read, in_order(len(self), batch_size), (), workers, self.device)
+        return read_batches(read, share.turns(in_order(len(self), batch_size)), (), workers, self.device)
 
 
 def _read_image(
-    samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor], index: int
+    samples: Sequence[tuple[Any, int]], transform: Callable[[Any], Tensor], index: int
 ) -> tuple[Tensor, Tensor]:
     path, label = samples[index]
     return transform(open_image(path)), torch.tensor(label)
 
 
-def open_image(path: Path) -> Any:
+def open_image(path: Path | IO[bytes]) -> Any:
     """Decode an image file as an RGB picture of Pillow.
 
     Raises:

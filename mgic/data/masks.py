@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import Augmentation, Data, missing, read_batches
+from .base import WHOLE, Augmentation, Data, Share, missing, read_batches
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, open_image
 from .tasks import VOID, segmentation, whole_image
 
@@ -109,21 +109,29 @@ class MaskedImages:
             )
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random scales, crops and flips by torchvision, the same for an image and its mask."""
         self.check(augmentation)
         read = partial(_read_crop, self, 0.5 if augmentation.flip else 0.0)
         key = ("sample", augmentation.seed, epoch)
-        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device)
+        return read_batches(read, [share.of(b).tolist() for b in batches], key, workers, self.device)
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole images; a batch ends where the next image has another size."""
         batches = []
         for _, run in itertools.groupby(range(len(self)), lambda i: self.pairs[i].size):
             same = list(run)
             batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
-        return read_batches(partial(_read_pair, self), batches, (), workers, self.device)
+        return read_batches(partial(_read_pair, self), share.turns(batches), (), workers, self.device)
 
 
 def _read_pair(files: MaskedImages, index: int) -> tuple[Tensor, Tensor]:

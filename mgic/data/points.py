@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Augmentation, Data, in_order, missing, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Share, in_order, missing, random_key, read_batches
 from .solids import write_solids
 from .tasks import classification
 
@@ -293,17 +293,25 @@ class PointClouds:
         augmentation.refuse("point clouds")
 
     def training_batches(
-        self, batches: Sequence[Tensor], augmentation: Augmentation, epoch: int, step: int, workers: int
+        self,
+        batches: Sequence[Tensor],
+        augmentation: Augmentation,
+        epoch: int,
+        step: int,
+        workers: int,
+        share: Share = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """A random part of each cloud, turned, scaled and jittered; ``step`` plays no part."""
         read = partial(_changed, self.clouds, self.labels, self.points, self.changes.transform())
         key = ("cloud", augmentation.seed, epoch)
-        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device)
+        return read_batches(read, [share.of(b).tolist() for b in batches], key, workers, self.device)
 
-    def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, batch_size: int, workers: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """What `prepare_points` makes of each cloud."""
         read = partial(_prepared, self.clouds, self.labels, self.points)
-        return read_batches(read, in_order(len(self), batch_size), ("cloud",), workers, self.device)
+        return read_batches(read, share.turns(in_order(len(self), batch_size)), ("cloud",), workers, self.device)
 
 
 def _changed(clouds: Tensor, labels: Tensor, points: int, transform: Any, index: int) -> tuple[Tensor, Tensor]:

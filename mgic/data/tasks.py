@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,13 @@ VOID = 255
 
 
 class Meter(Protocol):
-    """Metrics gathered batch by batch."""
+    """Metrics gathered batch by batch.
+
+    Attributes:
+        sums: All that has been gathered, float64 ``(n,)``: sums over samples, so that those of several processes add up.
+    """
+
+    sums: Tensor
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Take one batch into account."""
@@ -45,6 +52,7 @@ class Task:
         shape: ``input_size -> shape`` of the output for one such input.
         forward: ``(model, x) -> output`` in training.
         infer: The same in evaluation.
+        terms: How many terms the mean of the loss has, given a target; None: as many for each sample.
         samples: What they are called in messages: ``images``, ``point clouds``.
         smooths: Whether the loss knows label smoothing.
         classes: Names of the classes, where they have any.
@@ -59,6 +67,7 @@ class Task:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     forward: Callable[[nn.Module, Tensor], Tensor] = call
     infer: Callable[[nn.Module, Tensor], Tensor] = call
+    terms: Callable[[Tensor], int] | None = None
     samples: str = "images"
     smooths: bool = True
     classes: tuple[str, ...] = ()
@@ -93,15 +102,15 @@ class _Accuracy:
     """Accuracy (percent) and mean cross-entropy (nats)."""
 
     def __init__(self) -> None:
-        self.correct, self.loss, self.count = 0, 0.0, 0
+        self.sums = torch.zeros(3, dtype=torch.float64)  # correct, loss, samples
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        self.correct += int((output.argmax(1) == target).sum())
-        self.loss += float(F.cross_entropy(output, target, reduction="sum"))
-        self.count += len(target)
+        correct, loss = (output.argmax(1) == target).sum(), F.cross_entropy(output, target, reduction="sum")
+        self.sums += torch.tensor([float(correct), float(loss), len(target)], dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:
-        return {"accuracy": 100 * self.correct / self.count, "loss": self.loss / self.count}
+        correct, loss, count = self.sums.tolist()
+        return {"accuracy": 100 * correct / count, "loss": loss / count}
 
 
 def segmentation(classes: Sequence[str], infer: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Task:
@@ -124,6 +133,7 @@ def segmentation(classes: Sequence[str], infer: Callable[[nn.Module, Tensor], Te
         shape=lambda input_size: (len(classes), *input_size[1:]),
         forward=whole_image,
         infer=infer or whole_image,
+        terms=_pixels,
         classes=tuple(classes),
     )
 
@@ -131,6 +141,10 @@ def segmentation(classes: Sequence[str], infer: Callable[[nn.Module, Tensor], Te
 def whole_image(model: nn.Module, x: Tensor) -> Tensor:
     """``(N, C, H, W) -> (N, classes, H, W)``: the logits of a segmentation network."""
     return model(x)["out"]  # type: ignore[no-any-return]
+
+
+def _pixels(masks: Tensor) -> int:
+    return int((masks != VOID).sum())
 
 
 def _pixel_loss(logits: Tensor, masks: Tensor, smoothing: float) -> Tensor:
@@ -142,27 +156,28 @@ class _Overlap:
     """Mean IoU, pixel accuracy, IoU of each class (percent) and mean cross-entropy of a pixel (nats)."""
 
     def __init__(self, classes: tuple[str, ...]) -> None:
-        from torchmetrics.classification import MulticlassConfusionMatrix
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
 
         self.classes = classes
-        self.confusion: Any = MulticlassConfusionMatrix(len(classes), ignore_index=VOID)
-        self.loss, self.pixels = 0.0, 0
+        self.confusion = partial(multiclass_confusion_matrix, num_classes=len(classes), ignore_index=VOID)
+        self.sums = torch.zeros(len(classes) ** 2 + 2, dtype=torch.float64)  # the confusion matrix, loss, pixels
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        self.confusion.update(output.argmax(1).cpu(), target.cpu())
-        self.loss += float(F.cross_entropy(output, target, ignore_index=VOID, reduction="sum"))
-        self.pixels += int((target != VOID).sum())
+        confusion = self.confusion(output.argmax(1).cpu(), target.cpu())
+        loss = F.cross_entropy(output, target, ignore_index=VOID, reduction="sum")
+        rest = torch.tensor([float(loss), _pixels(target)], dtype=torch.float64)
+        self.sums += torch.cat([confusion.flatten().double(), rest])
 
     def compute(self) -> dict[str, float]:
         """Classes that are neither in the masks nor predicted have no IoU and no part in the mean."""
-        confusion = self.confusion.confmat.double()
+        confusion, (loss, pixels) = self.sums[:-2].view(len(self.classes), -1), self.sums[-2:].tolist()
         hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
         iou = {name: 100 * float(h / u) for name, h, u in zip(self.classes, hits, union, strict=True) if u > 0}
-        pixels = max(self.pixels, 1)
+        pixels = max(pixels, 1)
         return {
             "miou": sum(iou.values()) / max(len(iou), 1),
             "pixel_accuracy": 100 * float(hits.sum()) / pixels,
-            "loss": self.loss / pixels,
+            "loss": loss / pixels,
             **{f"iou_{name}": value for name, value in iou.items()},
         }
 
@@ -196,12 +211,13 @@ class _SquaredError:
     """Mean squared error, over samples and outputs."""
 
     def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+        self.sums = torch.zeros(2, dtype=torch.float64)  # squares, numbers
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        self.total += float((output - target).double().square().sum())
-        self.count += target.numel()
+        squares = (output - target).double().square().sum()
+        self.sums += torch.tensor([float(squares), target.numel()], dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:
-        mse = self.total / self.count
+        squares, count = self.sums.tolist()
+        mse = squares / count
         return {"mse": mse, "loss": mse}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .loop import NonFiniteLoss, RunSummary, evaluate, train
     from .outside import Interrupted
+    from .parallel import Elsewhere, LostProcess
     from .recipes import RECIPES, Recipe
     from .records import make_record, read_record, write_record
 
@@ -33,6 +34,8 @@ _HOME = {
     "load_network": "checkpoint",
     "load_run": "checkpoint",
     "load_start": "checkpoint",
+    "Elsewhere": "parallel",
+    "LostProcess": "parallel",
     "Interrupted": "outside",
     "NonFiniteLoss": "loop",
     "RunSummary": "loop",
@@ -49,7 +52,9 @@ __all__ = [
     "RECIPES",
     "CorruptCheckpoint",
     "DiskFull",
+    "Elsewhere",
     "Interrupted",
+    "LostProcess",
     "NonFiniteLoss",
     "Recipe",
     "RunSummary",

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..data import Data
 from ..errors import UserError
 from .checkpoint import Start, TrainedNetwork, require_finished
+from .parallel import moments
 from .recipes import Recipe
 
 
@@ -57,7 +58,7 @@ def feature_loss(features: Tensor, teacher: Tensor) -> Tensor:
 
 def _standardised(x: Tensor) -> Tensor:
     axes = [0, *range(2, x.ndim)]
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    mean, variance, _ = moments(x, axes)
     return (x - mean) * (variance + 1e-6).rsqrt()  # a channel that is constant is zero, and learns nothing
 
 

@@ -9,12 +9,14 @@ documents for them.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -32,6 +34,7 @@ from .checkpoint import SCHEMA, RunFolder, Start, TrainedNetwork, save_weights, 
 from .distillation import Distillation, check_teacher, note_sources
 from .fast import fast_training_
 from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
+from .parallel import ALONE, Processes, check_share, layout, synchronize_norms_, world_size
 from .recipes import Recipe
 from .records import provenance, versions
 
@@ -55,6 +58,7 @@ class RunSummary:
         params: Trainable parameters.
         history: One row an epoch: ``epoch, step, lr, train_loss, test_loss``, the score on the test samples, ``seconds``.
         resumed_from: Step the last process continued from; 0 for a run in one piece.
+        processes: How many finished the run together.
         origin: Commit, date, machine and versions of the process that finished the run.
         data_note: Provenance of the data.
     """
@@ -72,6 +76,7 @@ class RunSummary:
     resumed_from: int
     origin: dict[str, Any]
     data_note: str = ""  # summaries of the first version had none
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the metrics among the others."""
@@ -102,21 +107,26 @@ def train(
 ) -> RunSummary:
     """Train a network in the folder ``out``, or continue the unfinished run of the same recipe that is there.
 
+    Under torchrun all its processes call this and train together, each on its share of every batch: see `parallel`. The
+    recipe does not change, and a run may be continued by another number of processes.
+
     Args:
         recipe: What to do.
         build_model: Makes the network; called once, with PyTorch's generator seeded by the recipe.
         data: What to train on; see `mgic.data.load_data`.
-        out: Folder of the run; see `mgic.training.checkpoint.RunFolder`.
+        out: Folder of the run; see `mgic.training.checkpoint.RunFolder`. Of several processes the first alone uses it.
         teacher: Network to learn from, as the recipe's ``distill_`` fields say; see `mgic.training.distillation`. It is left
             as it is. A run is continued with the same teacher only.
         init: Weights to start from; a run is continued with the same ones only.
         accelerator: ``auto``, ``cpu`` or ``cuda``, as in Lightning Fabric.
         strict_resume: Stop at a corrupt checkpoint instead of falling back to the one before it.
         progress: Show a progress bar; default: on a terminal.
-        on_step: Called with the number of finished steps after each, when all that belongs to it is saved.
+        on_step: Called with the number of finished steps after each, when all that belongs to it is saved; in each process.
 
     Raises:
         UserError: The folder, the data and the network do not fit together.
+        Elsewhere: The first of several processes has got the error.
+        LostProcess: Another one of them has ended.
         Interrupted: SIGTERM or SIGINT; the checkpoint is written.
         NonFiniteLoss: Three steps in a row had no finite loss or gradient.
         CorruptCheckpoint: No valid checkpoint is left, or ``strict_resume`` found a corrupt one.
@@ -127,6 +137,7 @@ def train(
         raise UserError(
             f"batch_size={recipe.batch_size} is larger than the {len(data.train)} training {data.task.samples}"
         )
+    check_share(recipe.batch_size, world_size())
     if recipe.label_smoothing and not data.task.smooths:
         raise UserError(f"label_smoothing={recipe.label_smoothing} is for classes: {data.task.name} has none")
     check_teacher(recipe, teacher, data)
@@ -141,14 +152,17 @@ def train(
     if teacher is not None:
         _check_fit(teacher.model, data, f"the teacher {teacher.recipe.model}")
         distillation = Distillation.of(recipe, teacher, data, model, fabric.device)
-    sources = note_sources(teacher, init)
-    with RunFolder(Path(out), recipe, data.fingerprint(), sources) as folder, Signals() as signals:
+    processes, fingerprint = Processes.of(fabric), data.fingerprint()
+    folder = RunFolder(Path(out), recipe, fingerprint, note_sources(teacher, init))
+    with Signals() as signals, processes.together(), ExitStack() as opened:
+        processes.same({**recipe.to_dict(), **fingerprint, **folder.sources}, "processes differ")
+        processes.first(lambda: opened.enter_context(folder) and None)
         outcome = "failed"
-        folder.write_status("running")
+        processes.first(lambda: folder.write_status("running"))
         try:
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
-                run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume, distillation)
-                with progress_bar(progress, run.total_steps) as show:
+                run = _Run(recipe, model, data, folder, fabric, processes, steps_per_epoch, strict_resume, distillation)
+                with progress_bar(progress if processes.rank == 0 else False, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
             outcome = "finished"
         except (Interrupted, KeyboardInterrupt):
@@ -156,8 +170,8 @@ def train(
             raise
         finally:
             if outcome == "finished":
-                folder.write_status(outcome)
-            else:
+                processes.first(lambda: folder.write_status(outcome))
+            elif processes.rank == 0:
                 with suppress(OSError):  # the error under way says more than a full disk
                     folder.write_status(outcome)
     return summary
@@ -171,6 +185,7 @@ def evaluate(
     batch_size: int = 512,
     workers: int = 0,
     on_batch: Callable[[], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """The metrics of the data set's task on ``train`` or ``test``, with ``model`` in eval mode.
 
@@ -181,6 +196,7 @@ def evaluate(
         batch_size: Samples at a time.
         workers: Processes that read files.
         on_batch: Called after each batch; may raise to stop.
+        processes: Those that evaluate together, each some of the batches.
 
     Returns:
         ``loss``, the task's score and its other metrics, and ``samples``, how many there were.
@@ -197,12 +213,15 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            for inputs, targets in samples.evaluation_batches(batch_size, workers):
-                meter.update(data.task.infer(model, normalize(inputs)).float(), targets)
+            for batch in processes.in_step(samples.evaluation_batches(batch_size, workers, processes.share)):
+                if batch is not None:
+                    inputs, targets = batch
+                    meter.update(data.task.infer(model, normalize(inputs)).float(), targets)
                 if on_batch:
                     on_batch()
     finally:
         model.train(was_training)
+    meter.sums = processes.total(meter.sums)
     return {**meter.compute(), "samples": len(samples)}
 
 
@@ -224,8 +243,9 @@ def average_(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _fabric(recipe: Recipe, accelerator: str) -> Any:
-    """The one place that chooses device, precision and, one day, processes."""
+    """The one place that chooses device, precision and processes."""
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
 
     if accelerator not in ("auto", "cpu", "cuda", "gpu"):
         raise UserError(f"accelerator must be auto, cpu or cuda, got {accelerator!r}")
@@ -234,7 +254,22 @@ def _fabric(recipe: Recipe, accelerator: str) -> Any:
         raise UserError("precision '16' needs a GPU; on the CPU use 'bf16' or '32'")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise UserError(f"accelerator {accelerator!r} is not available here; use 'cpu' or 'auto'")
-    return Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
+    devices, nodes = layout()
+    if accelerator != "cpu" and 0 < torch.cuda.device_count() < devices:
+        raise UserError(
+            f"{devices} processes on a machine of {torch.cuda.device_count()} GPUs: one a GPU, or accelerator cpu"
+        )
+    # Each process has its own buffers: those of synchronised norms are equal, and no forward pass needs the others'.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
+    strategy: Any = DDPStrategy(**{broadcast: False}) if devices * nodes > 1 else "auto"  # type: ignore[arg-type]
+    return Fabric(
+        accelerator=accelerator,
+        strategy=strategy,
+        devices=devices,
+        num_nodes=nodes,
+        precision=precision,  # type: ignore[arg-type]
+    )
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -289,11 +324,13 @@ class _Run:
         data: Data,
         folder: RunFolder,
         fabric: Any,
+        processes: Processes,
         steps_per_epoch: int,
         strict_resume: bool,
         distillation: Distillation | None,
     ):
         self.recipe, self.folder, self.fabric, self.distillation = recipe, folder, fabric, distillation
+        self.processes, self.signalled = processes, 0
         self.data = data.to(fabric.device)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
         model = model.to(fabric.device)
@@ -303,6 +340,8 @@ class _Run:
             fast_training_(model)
         self.normalize = data.normalizer(fabric.device)
         self.average = deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
+        if processes.count > 1 and recipe.sync_norms:
+            model = synchronize_norms_(model, fabric.device)
         if recipe.compile:
             model.compile()
         self.model = model
@@ -311,7 +350,7 @@ class _Run:
             for method in ("forward_intermediates", "forward_head"):
                 self.wrapped.mark_forward_method(method)
         self.at, self.saved = _Progress(), (-1, 0)
-        checkpoint = folder.newest(strict_resume)
+        checkpoint = processes.first(lambda: folder.newest(strict_resume))
         if checkpoint is not None:
             self._restore(checkpoint)
         self.resumed_from = self.at.step
@@ -337,7 +376,7 @@ class _Run:
         self.at = _Progress(**state["progress"])
         self.saved = (self.at.step, len(self.at.history))
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in state["versions"].items() if versions().get(k) != v]
-        if changed:
+        if changed and self.processes.rank == 0:
             warnings.warn(
                 f"continuing a run of other versions ({', '.join(changed)}): it may differ from an uninterrupted one",
                 stacklevel=2,
@@ -356,28 +395,48 @@ class _Run:
         on_step: Callable[[int], None] | None,
     ) -> RunSummary:
         """Train from where the run stands to its end, write the weights, and say how it went."""
-        with tensorboard(self.folder.path / "tensorboard", self.at.step) as board:
+        self.signals, first = signals, self.processes.rank == 0
+        with tensorboard(self.folder.path / "tensorboard", self.at.step) if first else nullcontext() as board:
             try:
                 while True:
                     if self.at.step == (len(self.at.history) + 1) * self.steps_per_epoch:
-                        self._end_epoch(signals, board)
+                        self._end_epoch(board)
                         if on_step:
                             on_step(self.at.step)
                     if self.at.step == self.total_steps:
                         break
-                    self._train_epoch(signals, show, on_step)
-                summary = self._summary(signals)
+                    self._train_epoch(show, on_step)
+                summary = self._summary()
             except Interrupted:
                 self._save()
                 raise
+        self.processes.first(lambda: self._write_results(summary))
+        return summary
+
+    def _write_results(self, summary: RunSummary) -> None:
         write_csv(self.folder.path / "metrics.csv", self.at.history)  # again: a kill may have come before the last row
         save_weights(self.folder.path / "model.safetensors", self.average or self.model)
         write_json(self.folder.path / "summary.json", {"schema": SCHEMA, **summary.to_dict()})
-        return summary
 
-    def _train_epoch(
-        self, signals: Signals, show: Callable[[int, str], None], on_step: Callable[[int], None] | None
-    ) -> None:
+    def _agreed(self, value: float) -> float:
+        """The mean of a number over the processes. A signal that one of them has got, all know of from here on."""
+        if self.processes.count == 1:
+            return value
+        seen = [self.signals.received == signum for signum in (signal.SIGTERM, signal.SIGINT)]
+        mean, *heard = self.processes.total(
+            torch.tensor([value / self.processes.count, *seen], dtype=torch.float64)
+        ).tolist()
+        self.signalled = signal.SIGTERM if heard[0] else signal.SIGINT if heard[1] else 0
+        return float(mean)
+
+    def _check_signals(self) -> None:
+        """Raise `Interrupted` if a signal has come: here, or, of several processes, to any when they last agreed."""
+        if self.processes.count == 1:
+            self.signals.check()
+        elif self.signalled:
+            raise Interrupted(self.signalled)
+
+    def _train_epoch(self, show: Callable[[int, str], None], on_step: Callable[[int], None] | None) -> None:
         """The steps of this epoch that are not done yet."""
         recipe, at = self.recipe, self.at
         epoch, first = divmod(at.step, self.steps_per_epoch)
@@ -385,7 +444,7 @@ class _Run:
         used = order[first * recipe.batch_size : self.steps_per_epoch * recipe.batch_size]
         augmentation = Augmentation(recipe.crop_padding, recipe.flip, recipe.seed)
         batches = self.data.train.training_batches(
-            torch.split(used, recipe.batch_size), augmentation, epoch, at.step, recipe.workers
+            torch.split(used, recipe.batch_size), augmentation, epoch, at.step, recipe.workers, self.processes.share
         )
         self.wrapped.train()
         began = time.perf_counter()
@@ -398,7 +457,7 @@ class _Run:
                     self._save()
                 if on_step:
                     on_step(at.step)
-            signals.check()
+            self._check_signals()
             began = time.perf_counter()
         assert at.step == (epoch + 1) * self.steps_per_epoch
 
@@ -408,7 +467,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(at.step, self.steps_per_epoch)
         lesson = self.distillation.lesson(inputs, self.fabric.autocast()) if self.distillation else None
-        torch.manual_seed(random_key("step", recipe.seed, at.step))
+        rank = [self.processes.rank] if self.processes.rank else []  # the first draws what one process alone would
+        torch.manual_seed(random_key("step", recipe.seed, at.step, *rank))
         buffers = [b.clone() for b in self.model.buffers()]  # a forward pass with NaN spoils running statistics
         x = self.normalize(inputs)
         if recipe.channels_last and x.ndim == 4:
@@ -420,7 +480,10 @@ class _Run:
             loss = self.distillation.loss(loss, output.float(), features, lesson)
         else:
             loss = task.loss(task.forward(self.wrapped, x).float(), targets, recipe.label_smoothing)
-        value = loss.item()
+        if self.processes.count > 1 and task.terms:  # DDP takes the mean: each process counts by the terms of its own
+            terms = torch.tensor([float(task.terms(targets))], dtype=torch.float64)
+            loss = loss * float(terms * self.processes.count / self.processes.total(terms).clamp(min=1))
+        value = self._agreed(loss.item())
         finite = math.isfinite(value)
         if finite:
             self.fabric.backward(loss)
@@ -455,20 +518,28 @@ class _Run:
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return bool(norm.isfinite())
 
-    def _evaluate(self, split: str, signals: Signals) -> dict[str, float]:
+    def _evaluate(self, split: str) -> dict[str, float]:
+        def on_batch() -> None:
+            self._agreed(0.0)
+            self._check_signals()
+
+        model = self.average or self.model
+        if not self.recipe.sync_norms:
+            self.processes.copy_first(model.buffers())
         with self.fabric.autocast():
             return evaluate(
-                self.average or self.model,
+                model,
                 self.data,
                 split,
                 batch_size=self.recipe.eval_batch_size,
                 workers=self.recipe.workers,
-                on_batch=signals.check,
+                on_batch=on_batch,
+                processes=self.processes,
             )
 
-    def _end_epoch(self, signals: Signals, board: Any) -> None:
+    def _end_epoch(self, board: Any) -> None:
         at = self.at
-        test = self._evaluate("test", signals)
+        test = self._evaluate("test")
         score = self.data.task.score
         row = {
             "epoch": len(at.history) + 1,
@@ -483,10 +554,12 @@ class _Run:
         at.test = test
         at.loss_sum, at.losses, at.seconds = 0.0, 0, 0.0
         self._save()
-        write_csv(self.folder.path / "metrics.csv", at.history)
+        self.processes.first(lambda: write_csv(self.folder.path / "metrics.csv", at.history))
         if board is not None:
             for name in ("lr", "train_loss", "test_loss", f"test_{score}"):
                 board.add_scalar(name, row[name], at.step)
+        if self.processes.rank:
+            return
         train, test_score = row["train_loss"], f"{test[score]:.4g} {self.data.task.unit}".strip()
         logger.info("epoch %d: train loss %.4f, test %s %s", row["epoch"], train, score, test_score)
 
@@ -499,15 +572,15 @@ class _Run:
             raise NonFiniteLoss(
                 f"after step {self.at.step - 1} the weights are not finite ({', '.join(bad[:3])}); nothing was saved"
             )
-        self.folder.save(self.at.step, self._state())
+        self.processes.first(lambda: self.folder.save(self.at.step, self._state()))
         self.saved = (self.at.step, len(self.at.history))
 
-    def _summary(self, signals: Signals) -> RunSummary:
+    def _summary(self) -> RunSummary:
         at, recipe = self.at, self.recipe
         assert at.step == self.total_steps
         assert len(at.history) == recipe.epochs
-        test = at.test or self._evaluate("test", signals)  # an older checkpoint has no metrics but the score
-        splits = {"train": self._evaluate("train", signals), "test": test}
+        test = at.test or self._evaluate("test")  # an older checkpoint has no metrics but the score
+        splits = {"train": self._evaluate("train"), "test": test}
         metrics = {f"{s}_{k}": v for s, found in splits.items() for k, v in found.items() if k != "samples"}
         return RunSummary(
             model=recipe.model,
@@ -523,6 +596,7 @@ class _Run:
             resumed_from=self.resumed_from,
             origin=provenance(),
             data_note=self.data.note,
+            processes=self.processes.count,
         )
 
 

@@ -47,6 +47,8 @@ class Recipe:
         distill_weight: Share of the loss that a teacher's logits have, where there is a teacher; 0 is off.
         distill_temperature: Of the softmax of both, for the logits alone.
         distill_features: Weight of the distance to the teacher's features, added to the loss; 0 is off.
+        sync_norms: Where several processes share a batch, batch norms see the whole of it; else each its share, so that the
+            result depends on their number, and the first one's statistics are kept.
         precision: ``32``, ``bf16`` or ``16`` (mixed precision; 16 needs a GPU).
         channels_last: Store activations as NHWC.
         compile: Use ``torch.compile``.
@@ -91,6 +93,7 @@ class Recipe:
     distill_weight: float = 0.0
     distill_temperature: float = 4.0
     distill_features: float = 0.0
+    sync_norms: bool = True
     precision: str = "32"
     channels_last: bool = False
     compile: bool = False
@@ -290,6 +293,7 @@ _RULES: dict[str, _Rule] = {
     "distill_weight": _number(0, 1, open_high=False),
     "distill_temperature": _number(0, open_low=True),
     "distill_features": _number(0),
+    "sync_norms": _FLAG,
     "precision": (lambda v: v in ("32", "bf16", "16"), "'32', 'bf16' or '16' (text)"),
     "channels_last": _FLAG,
     "compile": _FLAG,
