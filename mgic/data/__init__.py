@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from . import functions, images, masks, points
-from .base import Augmentation, Data, Split, epoch_order, random_key, read_batches
+from .base import Augmentation, Data, Split, WorkerLost, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
 
@@ -23,6 +23,7 @@ __all__ = [
     "Meter",
     "Split",
     "Task",
+    "WorkerLost",
     "augment_batch",
     "classification",
     "epoch_order",

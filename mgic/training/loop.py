@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..data import Augmentation, Data, epoch_order, random_key
+from ..data import Augmentation, Data, WorkerLost, epoch_order, random_key
 from ..errors import Stopped, UserError
 from .checkpoint import SCHEMA, RunFolder, Start, TrainedNetwork, save_weights, start_from, write_json
 from .distillation import Distillation, check_teacher, note_sources
@@ -40,7 +40,16 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(Stopped):
-    """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite."""
+    """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite.
+
+    Args:
+        message: What happened.
+        samples: Indices of the training samples of each of these steps; ``status.json`` keeps them.
+    """
+
+    def __init__(self, message: str, samples: Sequence[list[int]] = ()):
+        super().__init__(message)
+        self.samples = list(samples)
 
 
 @dataclass(frozen=True)
@@ -143,23 +152,26 @@ def train(
         distillation = Distillation.of(recipe, teacher, data, model, fabric.device)
     sources = note_sources(teacher, init)
     with RunFolder(Path(out), recipe, data.fingerprint(), sources) as folder, Signals() as signals:
-        outcome = "failed"
+        outcome: dict[str, Any] = {"state": "failed"}
         folder.write_status("running")
         try:
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
                 run = _Run(recipe, model, data, folder, fabric, steps_per_epoch, strict_resume, distillation)
                 with progress_bar(progress, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
-            outcome = "finished"
+            outcome = {"state": "finished"}
         except (Interrupted, KeyboardInterrupt):
-            outcome = "interrupted"
+            outcome = {"state": "interrupted"}
+            raise
+        except NonFiniteLoss as error:
+            outcome["samples"] = error.samples
             raise
         finally:
-            if outcome == "finished":
-                folder.write_status(outcome)
+            if outcome["state"] == "finished":
+                folder.write_status(**outcome)
             else:
                 with suppress(OSError):  # the error under way says more than a full disk
-                    folder.write_status(outcome)
+                    folder.write_status(**outcome)
     return summary
 
 
@@ -356,11 +368,11 @@ class _Run:
         on_step: Callable[[int], None] | None,
     ) -> RunSummary:
         """Train from where the run stands to its end, write the weights, and say how it went."""
-        with tensorboard(self.folder.path / "tensorboard", self.at.step) as board:
+        with tensorboard(self.folder.path / "tensorboard", self.at.step) as log:
             try:
                 while True:
                     if self.at.step == (len(self.at.history) + 1) * self.steps_per_epoch:
-                        self._end_epoch(signals, board)
+                        self._end_epoch(signals, log)
                         if on_step:
                             on_step(self.at.step)
                     if self.at.step == self.total_steps:
@@ -369,6 +381,10 @@ class _Run:
                 summary = self._summary(signals)
             except Interrupted:
                 self._save()
+                raise
+            except WorkerLost:  # between two steps, so nothing is lost; it may have got the signal that came here too
+                self._save()
+                signals.check()
                 raise
         write_csv(self.folder.path / "metrics.csv", self.at.history)  # again: a kill may have come before the last row
         save_weights(self.folder.path / "model.safetensors", self.average or self.model)
@@ -441,9 +457,16 @@ class _Run:
             epoch, batch = divmod(at.step - 1, self.steps_per_epoch)
             raise NonFiniteLoss(
                 f"the loss or its gradient was not finite in {MAX_NONFINITE_STEPS} steps in a row, last in step "
-                f"{at.step - 1} (epoch {epoch}, batch {batch}); a lower lr than {recipe.lr:g}, clip_grad or "
-                "precision '32' may help"
+                f"{at.step - 1} (epoch {epoch}, batch {batch}; status.json names the samples); a lower lr than "
+                f"{recipe.lr:g}, clip_grad or precision '32' may help",
+                [self._samples_of(step) for step in range(at.step - MAX_NONFINITE_STEPS, at.step)],
             )
+
+    def _samples_of(self, step: int) -> list[int]:
+        """Indices of the training samples of a step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order, size = epoch_order(len(self.data.train), self.recipe.seed, epoch), self.recipe.batch_size
+        return order[batch * size : (batch + 1) * size].tolist()
 
     def _clip(self) -> bool:
         """Clip the gradient if the recipe says so; tell whether it is finite."""
@@ -466,7 +489,7 @@ class _Run:
                 on_batch=signals.check,
             )
 
-    def _end_epoch(self, signals: Signals, board: Any) -> None:
+    def _end_epoch(self, signals: Signals, log: Callable[[Mapping[str, float], int], None]) -> None:
         at = self.at
         test = self._evaluate("test", signals)
         score = self.data.task.score
@@ -484,9 +507,7 @@ class _Run:
         at.loss_sum, at.losses, at.seconds = 0.0, 0, 0.0
         self._save()
         write_csv(self.folder.path / "metrics.csv", at.history)
-        if board is not None:
-            for name in ("lr", "train_loss", "test_loss", f"test_{score}"):
-                board.add_scalar(name, row[name], at.step)
+        log({name: row[name] for name in ("lr", "train_loss", "test_loss", f"test_{score}")}, at.step)
         train, test_score = row["train_loss"], f"{test[score]:.4g} {self.data.task.unit}".strip()
         logger.info("epoch %d: train loss %.4f, test %s %s", row["epoch"], train, score, test_score)
 
