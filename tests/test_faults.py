@@ -70,6 +70,8 @@ def _train(folder, recipe, steps, kill_after, images, taught_by=None, lose=None)
             steps.send(step)
         if step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if lose:
+            folder.with_name(f"{folder.name}.step").write_text(str(step))
         if lose and step == lose[0]:
             workers = sorted(multiprocessing.active_children(), key=lambda process: process.pid)
             folder.with_name(f"{folder.name}.workers").write_text(" ".join(str(process.pid) for process in workers))
@@ -256,7 +258,7 @@ def _gone(pid):
     return not Path(f"/proc/{pid}").exists()
 
 
-LOST = [(k, which) for k in (1, 2, 10, 19, 26) for which in (0, 1)]
+LOST = [(k, which) for k in (1, 2, 10, 18, 26) for which in (0, 1)]
 """Step after which a worker is lost, early enough in its epoch that it still has to read; and which of two."""
 
 
@@ -278,7 +280,7 @@ def test_r23_a_lost_worker_is_named_ends_the_run_and_loses_nothing(processes, pi
         found = re.search(r"reading samples ([\d, ]+); likely causes: .* The same command continues the run", said)
         assert len(found[1].split(", ")) == FILES.batch_size
         assert all(map(_gone, workers))
-        assert _saved_step(folder) == step
+        assert str(_saved_step(folder)) == folder.with_name(f"{number}.step").read_text(), "no step is lost"
         assert took < 300, "a hang guard"
         trials.passes(seconds_to_exit=took)
     assert _finish(_start(processes, folder, FILES, images=pictures)[0]) == 0
@@ -290,7 +292,8 @@ def test_r27_a_signal_that_ends_the_workers_too_saves_the_step(processes, pictur
     for number, (step, which) in enumerate(LOST if trials.full else LOST[2:3]):
         folder, lose = tmp_path / str(number), (step, which, signal.SIGTERM, 60, signal.SIGTERM)
         assert _finish(_start(processes, folder, FILES, images=pictures, lose=lose)[0]) == 143
-        assert (_state(folder), _saved_step(folder)) == ("interrupted", step)
+        assert _state(folder) == "interrupted"
+        assert str(_saved_step(folder)) == folder.with_name(f"{number}.step").read_text(), "no step is lost"
         trials.passes()
 
 
@@ -387,6 +390,14 @@ def _killed_before_each_operation(processes, place):
     return len(found)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _state(folder):
     return json.loads((folder / "status.json").read_text())["state"]
 
@@ -408,6 +419,7 @@ def test_r27_a_signal_saves_the_step_and_the_same_command_continues(processes, u
         trials.passes(seconds_to_exit=took)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_r27_a_second_signal_ends_at_once_and_the_same_command_continues(uninterrupted, tmp_path, trials):
     """The second one comes within the step of the first: nothing of the step is saved."""
 
@@ -453,6 +465,7 @@ def _interrupted_in_validation(folder, monkeypatch):
     train(RECIPE, tiny, stripes(), folder, progress=False)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_r27_an_interrupted_export_leaves_nothing_new_and_nothing_half_written(tmp_path, monkeypatch, signum, trials):
     from mgic import exporting
@@ -472,6 +485,7 @@ def test_r27_an_interrupted_export_leaves_nothing_new_and_nothing_half_written(t
         trials.passes()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_r27_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, signum, trials):
     from mgic import converted
@@ -485,25 +499,26 @@ def test_r27_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, sig
         trials.passes()
 
 
-def _hold(folder, start, outcomes):
+def _hold(folder, start, over, outcomes):
     start.wait()
     try:
         with RunFolder(folder, RECIPE, {}):
             outcomes.put("runs")
-            time.sleep(3)
+            over.wait()
     except UserError as error:
         outcomes.put(str(error))
 
 
 def test_r24_of_many_simultaneous_starts_exactly_one_runs(processes, tmp_path, trials):
-    start, outcomes = processes.Event(), processes.Queue()
+    start, over, outcomes = processes.Event(), processes.Event(), processes.Queue()
     count = 20 if trials.full else 6
-    crowd = [processes.Process(target=_hold, args=(tmp_path / "run", start, outcomes)) for _ in range(count)]
+    crowd = [processes.Process(target=_hold, args=(tmp_path / "run", start, over, outcomes)) for _ in range(count)]
     for process in crowd:
         process.start()
     time.sleep(1)
     start.set()
-    said = [outcomes.get(timeout=60) for _ in crowd]
+    said = [outcomes.get(timeout=120) for _ in crowd]
+    over.set()
     for process in crowd:
         process.join()
     assert said.count("runs") == 1
@@ -584,7 +599,7 @@ def test_r7_on_a_full_disk_every_verb_that_writes_says_so_and_leaves_what_was_th
     small = ["--model_args={width: 0.25}", "--group_size=2", "--coarsest=4"]
     older = small_disk / "mgic_resnet20.pt2"
     older.write_bytes(b"older")
-    for free in (0, 20_000):
+    for free in (0, 45_000):
         _fill(small_disk, free)
         for words in (
             ["train", f"--data={tmp_path / 'd.npz'}", "--model=mgic_resnet20", "--batch_size=16"],
@@ -722,7 +737,7 @@ time.time = lambda: real() - 86_400 * (time.monotonic() - began > {after})
 from mgic.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-LONG = "ein Lauf mit Lücken, çığ 日本 " + "x" * 220
+LONG = "ein Lauf mit Lücken, çığ 日本 " + "x" * 219
 
 
 def _turkish(folder):
@@ -765,7 +780,7 @@ def test_r28_clock_locale_paths_and_missing_folders_have_no_effect(tmp_path, tri
         weights = (folder / "model.safetensors.sha256" for folder in (out, tmp_path / "plain"))
         assert next(weights).read_text() == next(weights).read_text(), name
         assert json.loads(summary.read_text())["steps"] == 4
-        trials.passes(6 if not trials.full else 1)
+        trials.passes()
 
 
 # R35, R36

@@ -156,6 +156,8 @@ def _verbs(place, payload, container):
     yield "export --checkpoint", ["export", "mgic_resnet20", "--to=[torch]", out, f"--checkpoint={file}"], "corrupt"
     yield "convert --checkpoint", ["convert", "resnet20", out, f"--checkpoint={file}"], "corrupt"
     yield "bench", ["bench", "inference", str(file)], "mgic: "
+    if container == "pickle":  # torch warns of it, and so does the next verb
+        return
     weights = f"--model_args={{checkpoint_path: {place / 'run/checkpoints/step-000000001.ckpt'}}}"
     yield "cost of timm's", ["cost", "resnet10t", weights], "resnet10t cannot be built"
 
@@ -183,21 +185,21 @@ def _described(file):
     file.with_name(f"{file.name}.json").write_text(json.dumps(asdict(known)))
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx", ".xml", ".pte"])
-def test_r5_no_runtime_executes_what_an_exported_file_says(tmp_path, suffix, trials):
+def test_r5_no_runtime_executes_what_an_exported_file_says(tmp_path, trials):
     """As ``mgic bench`` opens them, with a description of the attacker's."""
     for payload in PAYLOADS if trials.full else ("os.system",):
         for container in ("zip", "pickle"):
-            file = tmp_path / f"net{suffix}"
-            _write(file, _payloads(tmp_path / "sentinel")[payload], container)
-            _described(file)
-            with pytest.raises(UserError, match=file.name):
-                load_artefact(file)
-            one = ExportedFile.open(str(file))
-            with pytest.raises(UserError, match=file.name):
-                one.prepare(Case(one, "torch"))[0]()
-            assert not (tmp_path / "sentinel").exists()
-            trials.passes(2)
+            for suffix in (".pt2", ".onnx", ".xml", ".pte") if trials.full else (".pt2",):
+                file = tmp_path / f"net{suffix}"
+                _write(file, _payloads(tmp_path / "sentinel")[payload], container)
+                _described(file)
+                with pytest.raises(UserError, match=file.name):
+                    load_artefact(file)
+                one = ExportedFile.open(str(file))
+                with pytest.raises(UserError, match=file.name):
+                    one.prepare(Case(one, "torch"))[0]()
+                assert not (tmp_path / "sentinel").exists()
+                trials.passes(2)
 
 
 @pytest.mark.parametrize("config", [

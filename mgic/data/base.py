@@ -235,13 +235,16 @@ def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) ->
         try:
             return next(iterator)  # type: ignore[no-any-return]
         except (RuntimeError, OSError, EOFError) as error:
+            awaited = number % len(processes)
+            if isinstance(error, ConnectionError | EOFError):  # it is dying
+                processes[awaited].join(1)
             dead = [place for place, process in enumerate(processes) if not process.is_alive()]
-            if dead or isinstance(error, ConnectionError | EOFError):
-                trouble = _said_of(dead[0] if dead else number % len(processes), processes, number, batches)
+            if dead:
+                trouble = _said_of(dead[0], processes, number, batches)
             elif "timed out" not in str(error):
                 raise
             elif time.monotonic() - began >= PATIENCE:
-                trouble = _said_of(number % len(processes), processes, number, batches)
+                trouble = _said_of(awaited, processes, number, batches)
     for process in processes:  # asking them to end would take seconds each, and a hanging one does not listen
         process.kill()
         process.join(_GLANCE)

@@ -19,7 +19,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any, NamedTuple
@@ -79,10 +79,12 @@ def told_when_full(folder: Path, needed: int = 0) -> Iterator[None]:
     except DiskFull:
         raise
     except (OSError, RuntimeError, UserError, SafetensorError) as error:
-        left = free()
+        left, first = free(), error.__context__
+        if isinstance(error, RuntimeError) and isinstance(first, OSError):  # torch's writer complains once more
+            error = first
         if getattr(error, "errno", None) in _NO_ROOM or "No space left" in str(error) or left < needed:
             raise DiskFull(folder, needed or _RESERVE, left) from error
-        raise
+        raise error
 
 
 _NO_ROOM = (errno.ENOSPC, *([errno.EDQUOT] if sys.platform != "win32" else []))
@@ -325,10 +327,12 @@ class RunFolder:
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
             raise UserError(f"run folder {self.path}: already in use by process {owner}") from error
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"{os.getpid()} on {platform.node()}")
-        lock.flush()
+        try:
+            _note_owner(lock)
+        except OSError:
+            with suppress(OSError):  # closing tries to write once more
+                lock.close()
+            raise
         _ENTERED.add(place)
         self._lock = lock
 
@@ -402,6 +406,13 @@ else:
 
     def _lock_file(descriptor: int) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _note_owner(lock: IO[str]) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
 
 
 def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
