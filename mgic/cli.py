@@ -6,10 +6,13 @@ A wrong call prints one line and exits with 2. Flags of configurations are deriv
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -804,17 +807,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb is not None and verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{suggest(verb, VERBS)}")
         args = _parser(verb).parse_args(given)
-        return VERBS[args.verb][2](args[args.verb], given)
+        with _ended_tidily():
+            return VERBS[args.verb][2](args[args.verb], given)
     except (UserError, ArgumentError) as error:
         return _fail(error, 2)
     except ImportError as error:
         return _fail(_missing_extra(error), 2)
     except OSError as error:
         return _fail(error, 74)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as signalled:
+        return _fail("interrupted; no file was left half written", 143 if isinstance(signalled, _Terminated) else 130)
     except Stopped as error:
         return _fail(error, error.exit_code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what SIGINT is, from a supervisor."""
+
+
+@contextmanager
+def _ended_tidily() -> Iterator[None]:
+    """Let SIGTERM end a verb as SIGINT does: what is half written is removed. ``train`` saves, with handlers of its own."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _missing_extra(error: ImportError) -> str:

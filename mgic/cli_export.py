@@ -1,11 +1,8 @@
 """The verb ``export``: where the network comes from, its flags, what it prints."""
 
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -96,20 +93,19 @@ def run_export(args: Namespace, given: Sequence[str]) -> int:
     for name, kind in formats.items():
         file = args.out / f"{source.name}{_label(name)}{kind.suffix}"
         try:
-            with _ended_tidily():
-                made.append(
-                    export(
-                        source.model,
-                        example,
-                        file,
-                        format=name,
-                        calibration=calibration if kind.calibrated else [],
-                        score=score if kind.calibrated else None,
-                        max_batch=args.max_batch,
-                        name=source.name,
-                        weights=source.weights,
-                    )
+            made.append(
+                export(
+                    source.model,
+                    example,
+                    file,
+                    format=name,
+                    calibration=calibration if kind.calibrated else [],
+                    score=score if kind.calibrated else None,
+                    max_batch=args.max_batch,
+                    name=source.name,
+                    weights=source.weights,
                 )
+            )
         except (UserError, Stopped) as error:
             print(f"mgic: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
             failed = failed or getattr(error, "exit_code", 2)
@@ -238,24 +234,6 @@ def _label(name: str) -> str:
     """What tells the files of two formats with one suffix apart: ``_int8``."""
     _, underscore, kind = name.partition("_")
     return underscore + kind
-
-
-@contextmanager
-def _ended_tidily() -> Iterator[None]:
-    """Let SIGTERM end the process as SIGINT does: with nothing half written left."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-
-    def end(signum: int, frame: object) -> None:
-        print("mgic: interrupted; no file was left half written", file=sys.stderr)  # noqa: T201
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _show(source: Source, made: "Sequence[Artefact]") -> None:

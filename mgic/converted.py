@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from torch import nn
 
 from .errors import UserError
-from .models import create_model
+from .models import build_model, check_strange, create_model
 from .reporting import conversion_page
 from .surgery import Report
 from .training.checkpoint import fit_weights, load_weights, save_weights, write_json, write_text
@@ -52,8 +53,11 @@ class Converted:
 def save_converted(folder: Path, converted: Converted) -> None:
     """Write ``conversion.json``, ``model.safetensors`` and its checksum, ``report.html``, and ``recipe.yaml`` for training.
 
+    They are written in a folder beside it, which gets its name at the end: there is all of it or nothing.
+
     Raises:
-        OSError: The folder cannot be written.
+        DiskFull: There is no room for it.
+        OSError: The folder cannot be written, or is not empty.
         UserError: What is written would not give back the network.
     """
     recipe = {"model": converted.source, "model_args": converted.model_args}
@@ -62,10 +66,15 @@ def save_converted(folder: Path, converted: Converted) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = json.loads(converted.report.to_json())
     known = {"schema": SCHEMA, "source": converted.source, "arguments": dict(converted.arguments), "report": report}
-    save_weights(folder / WEIGHTS, converted.model)
-    write_text(folder / PAGE, conversion_page(converted.report))
-    write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
-    write_json(folder / FILE, known)  # last: a folder with this file is whole
+    with TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as temporary:
+        staged = Path(temporary) / folder.name
+        staged.mkdir()
+        save_weights(staged / WEIGHTS, converted.model)
+        write_text(staged / PAGE, conversion_page(converted.report))
+        write_text(staged / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+        write_json(staged / FILE, known)
+        folder.rmdir()  # it is empty, or somebody else wrote there meanwhile
+        staged.rename(folder)
 
 
 def is_converted(folder: str | Path) -> bool:
@@ -93,6 +102,7 @@ def load_converted(folder: str | Path) -> Converted:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a conversion ({type(error).__name__}: {error})") from error
     converted = Converted(nn.Identity(), source, arguments, Report.from_json(report, str(file)))
-    model = create_model(source, **converted.model_args)
+    check_strange(source, arguments, str(file))
+    model = build_model(source, converted.model_args)
     fit_weights(model, load_weights(Path(folder) / WEIGHTS), f"{folder}: its weights do not fit")
     return Converted(model.eval(), source, arguments, converted.report)

@@ -50,7 +50,7 @@ from .runtime.paths import (
     to_onnx,
     torch_threads,
 )
-from .training.checkpoint import DiskFull, read_json, write_json
+from .training.checkpoint import read_json, room_for, told_when_full, write_json
 
 SCHEMA = 1
 TOLERANCE = 1e-4
@@ -510,17 +510,15 @@ def _workshop(path: Path, model: nn.Module) -> Iterator[Path]:
     for stale in path.parent.glob(f".tmp-*-{path.name}"):
         if not _alive(int(stale.name.split("-")[1])):  # of a process that was killed
             shutil.rmtree(stale)
-    needed = 65_536 + sum(2 * t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if shutil.disk_usage(path.parent).free < needed:
-        raise DiskFull(path.parent, needed, shutil.disk_usage(path.parent).free)
     folder = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
-        folder.mkdir()
-        yield folder
-        for one in sorted(folder.iterdir(), key=lambda one: one.name == _description(path).name):
-            with one.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(one, path.with_name(one.name))
+        with told_when_full(path.parent, 2 * room_for(model)):
+            folder.mkdir()
+            yield folder
+            for one in sorted(folder.iterdir(), key=lambda one: one.name == _description(path).name):
+                with one.open("rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(one, path.with_name(one.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -28,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 from .counting import cost
 from .data import licence
 from .errors import UserError
-from .models import create_model
+from .models import build_model, check_strange, create_model
 from .prediction import from_files
+from .runtime.paths import BROKEN
 from .training.checkpoint import (
     TrainedNetwork,
     fit_weights,
@@ -38,9 +40,11 @@ from .training.checkpoint import (
     read_json,
     read_sources,
     require_finished,
+    room_for,
     save_weights,
     scores,
     sha256,
+    told_when_full,
     write_json,
     write_text,
 )
@@ -73,7 +77,10 @@ def publish(run: str | Path, folder: str | Path, license: str | None = None) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there and not empty; choose a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as temporary:
+    with (
+        TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as temporary,
+        told_when_full(folder.parent, room_for(network.model)),
+    ):
         staged = Path(temporary) / folder.name
         staged.mkdir()
         if _timms(network.recipe):
@@ -105,14 +112,23 @@ def from_pretrained(place: str | Path, revision: str | None = None) -> nn.Module
         except _HUB_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{place}: no folder, and not to be had from the hub ({reason})") from error
-    if not (folder / _CONFIG).is_file():
-        raise UserError(f"{place}: no published network: {_CONFIG} is missing")
+    for name in (_CONFIG, _WEIGHTS):  # weights in other formats, which timm would look for, are not read
+        if not (folder / name).is_file():
+            raise UserError(f"{place}: no published network: {name} is missing")
     config = read_json(folder / _CONFIG)
-    if config.get("library") != "mgic":
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    timms = config.get("library") != "mgic"
+    check_strange(config.get("architecture"), config.get("model_args", {} if timms else None), f"{place}: {_CONFIG}")
+    if timms:
+        try:
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (*BROKEN, SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{place}: {_WEIGHTS} does not fit {_CONFIG}, or one of them is damaged ({reason})"
+            ) from error
     if config.get("schema") != SCHEMA:
         raise UserError(f"{place}: of schema {config.get('schema')!r}; this version of mgic reads {SCHEMA}")
-    model = create_model(config["architecture"], **config["model_args"])
+    model = build_model(config["architecture"], config["model_args"])
     fit_weights(model, load_weights(folder / _WEIGHTS), f"{place}: its weights do not fit {config['architecture']}")
     return model.eval()
 

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import os
 import random
 import resource
 import subprocess
@@ -12,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import RECIPE, stripes, tiny
 from torch import nn
@@ -30,8 +29,6 @@ from mgic.training.checkpoint import (
     write_atomically,
     write_text,
 )
-
-FULL = os.environ.get("MGIC_FAULTS") == "full"
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def test_r4_every_truncation_is_detected(checkpoint, percent):
     assert (error.value.path, error.value.size) == (checkpoint, len(cut))
 
 
-def test_r4_every_flipped_byte_is_detected(checkpoint):
+def test_r4_every_flipped_byte_is_detected(checkpoint, trials):
     whole, dice = checkpoint.read_bytes(), random.Random(4)
     for _ in range(200):
         damaged = bytearray(whole)
@@ -81,6 +78,7 @@ def test_r4_every_flipped_byte_is_detected(checkpoint):
         checkpoint.write_bytes(damaged)
         with pytest.raises(CorruptCheckpoint, match="expected sha256"):
             load_checkpoint(checkpoint)
+        trials.passes()
 
 
 @pytest.mark.parametrize("sidecar", [None, b"", b"x", b"\xff\xfe", b"0" * 64 + b"  other.ckpt\n", b"0" * 64])
@@ -96,30 +94,33 @@ def _signed(path):
     path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
 
 
-@settings(
-    max_examples=1000 if FULL else 200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_r4_hostile_headers_with_a_right_checksum_end_in_one_error_quickly_and_in_little_memory(checkpoint, data):
+def test_r4_hostile_headers_with_a_right_checksum_end_in_one_error_quickly_and_in_little_memory(checkpoint, trials):
     """The attacker can compute SHA-256 too. Any bytes in the first or last 400 load or raise CorruptCheckpoint."""
-    honest = checkpoint.with_name("honest")
-    if not honest.exists():
-        honest.write_bytes(checkpoint.read_bytes())
-    damaged = bytearray(honest.read_bytes())
-    for _ in range(data.draw(st.integers(1, 8))):
-        where = data.draw(st.integers(0, 399)) * data.draw(st.sampled_from((1, -1)))
-        damaged[where] = data.draw(st.integers(0, 255))
-    checkpoint.write_bytes(damaged)
-    _signed(checkpoint)
-    began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        load_checkpoint(checkpoint)
-    except CorruptCheckpoint:
-        pass
-    except UserError as error:
-        assert "schema" in str(error)  # noqa: PT017 - most cases load
-    assert time.monotonic() - began < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 * 1024
+    honest = checkpoint.read_bytes()
+
+    @settings(max_examples=1000 if trials.full else 200, deadline=None, database=None)
+    @given(data=st.data())
+    def fuzz(data):
+        damaged = bytearray(honest)
+        for _ in range(data.draw(st.integers(1, 8))):
+            where = data.draw(st.integers(0, 399)) * data.draw(st.sampled_from((1, -1)))
+            damaged[where] = data.draw(st.integers(0, 255))
+        checkpoint.write_bytes(damaged)
+        _signed(checkpoint)
+        began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            load_checkpoint(checkpoint)
+        except CorruptCheckpoint:
+            pass
+        except UserError as error:
+            assert "schema" in str(error)  # noqa: PT017 - most cases load
+        took = time.monotonic() - began
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+        assert took < 10, "a hang guard"
+        assert more < 200
+        trials.passes(seconds=took, more_mib=more)
+
+    fuzz()
 
 
 @pytest.mark.parametrize("contents", [[1, 2], {"step": 1}, {"schema": "1"}, torch.zeros(2)])
@@ -289,14 +290,6 @@ def test_a_path_that_cannot_be_a_folder_is_one_error_before_training(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot be written"), RunFolder(path, RECIPE, {}):
             pass
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_r8_a_read_only_folder_is_one_error_before_training(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        train(RECIPE, tiny, stripes(), tmp_path)
-    tmp_path.chmod(0o700)
 
 
 def test_another_configuration_is_refused_with_both_values_but_execution_may_change(tmp_path):

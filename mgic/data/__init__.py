@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from . import functions, images, masks, points, shards
-from .base import WHOLE, Augmentation, Data, Share, Split, epoch_order, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Share, Split, WorkerLost, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
 
@@ -25,6 +25,7 @@ __all__ = [
     "Share",
     "Split",
     "Task",
+    "WorkerLost",
     "augment_batch",
     "classification",
     "epoch_order",

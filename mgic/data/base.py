@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,10 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from .tasks import Task
 
 T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds that a batch may take before the worker that reads it counts as hanging."""
+_GLANCE = 5.0
+"""Seconds between two looks at the workers while a batch is waited for."""
+
+
+class WorkerLost(Stopped):
+    """A process that reads samples died or hangs. Nothing else is wrong: the run can be continued."""
 
 
 def random_key(*parts: int | str) -> int:
@@ -224,32 +237,88 @@ def read_batches(
 
     Raises:
         UserError: ``read`` raised one.
-        RuntimeError: A worker died.
+        WorkerLost: A worker died, or sent nothing for `PATIENCE` seconds. The others are ended.
     """
     # Forked workers notice within seconds when their parent was killed; those of a fork server never do.
     context = "fork" if workers and sys.platform == "linux" else None
-    iterator = iter(
+    iterator: Any = iter(
         DataLoader(
             _Samples(read, key),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=list,
             multiprocessing_context=context,
+            timeout=min(_GLANCE, PATIENCE) if workers else 0,
         )
     )
-    for indices in batches:
+    with _deaths_are_asked_for() if workers else nullcontext():
         try:
-            samples = next(iterator)
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            raise RuntimeError(
-                f"a data worker died while reading samples {indices[0]} ... {indices[-1]}; likely causes: memory "
-                f"(use fewer workers than {workers}) or a small /dev/shm. The run can be continued."
-            ) from error
-        for sample in samples:
-            if isinstance(sample, str):
-                raise UserError(sample)
-        inputs, targets = zip(*samples, strict=True)
-        yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+            for number in range(len(batches)):
+                samples = _next_batch(iterator, number, batches) if workers else next(iterator)
+                for sample in samples:
+                    if isinstance(sample, str):
+                        raise UserError(sample)
+                inputs, targets = zip(*samples, strict=True)
+                yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+        finally:
+            del iterator  # ends its processes
+
+
+@contextmanager
+def _deaths_are_asked_for() -> Iterator[None]:
+    """Keep PyTorch's handler of SIGCHLD away: it raises wherever the main thread is, in the middle of a step too."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) -> list[Any]:
+    """Wait for batch ``number`` as long as the workers live and `PATIENCE` lasts."""
+    processes, began, trouble = iterator._workers, time.monotonic(), ""
+    while not trouble:
+        try:
+            return next(iterator)  # type: ignore[no-any-return]
+        except (RuntimeError, OSError, EOFError) as error:
+            awaited = number % len(processes)
+            if isinstance(error, ConnectionError | EOFError):  # it is dying
+                processes[awaited].join(1)
+            dead = [place for place, process in enumerate(processes) if not process.is_alive()]
+            if dead:
+                trouble = _said_of(dead[0], processes, number, batches)
+            elif "timed out" not in str(error):
+                raise
+            elif time.monotonic() - began >= PATIENCE:
+                trouble = _said_of(awaited, processes, number, batches)
+    for process in processes:  # asking them to end would take seconds each, and a hanging one does not listen
+        process.kill()
+        process.join(_GLANCE)
+    raise WorkerLost(trouble)
+
+
+def _said_of(place: int, processes: Sequence[Any], number: int, batches: Sequence[Sequence[int]]) -> str:
+    """Name a worker, the samples it had, and why it may be lost. Workers take batches in turns."""
+    count, process = len(processes), processes[place]
+    mine = number + (place - number) % count
+    indices = batches[min(mine, len(batches) - 1)]
+    samples = ", ".join(map(str, indices[:16])) + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
+    if process.is_alive():
+        return (
+            f"data worker {place} of {count} (process {process.pid}) sent nothing for {PATIENCE:g} s; it was reading "
+            f"samples {samples}; likely causes: a folder on a network that does not answer, or a file that blocks. "
+            "The same command continues the run"
+        )
+    code = process.exitcode or 0
+    how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with status {code}"
+    return (
+        f"data worker {place} of {count} (process {process.pid}) was ended {how} while it was reading samples {samples}; "
+        f"likely causes: too little memory (use fewer workers than {count}) or a small /dev/shm. The same command "
+        "continues the run"
+    )
 
 
 @dataclass(frozen=True)

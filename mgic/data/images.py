@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -366,7 +367,7 @@ def _is_image(path: str) -> bool:
 def _fetch(source: Any, root: Path, train: bool, download: bool) -> Any:
     try:
         return source(str(root), train=train, download=download)
-    except (RuntimeError, OSError) as error:  # torchvision: not found, checksum, network, read-only folder
+    except (RuntimeError, OSError, pickle.UnpicklingError) as error:  # not found, checksum, network, folder, hostile
         raise UserError(
             f"{source.__name__}: cannot be loaded from {root} ({' '.join(str(error).split())}); --download fetches it"
         ) from error

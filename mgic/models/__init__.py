@@ -1,6 +1,7 @@
 """Every network by name. Importing this package registers the classification networks with timm."""
 
 import fnmatch
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,34 @@ def check_model(name: str) -> None:
     if name not in _OTHERS and not timm.is_model(name):
         near = suggest(name, {*list_models(), *timm.list_models()})
         raise UserError(f"there is no model {name!r}{near if 'did you mean' in near else '; mgic models lists all'}")
+
+
+_OUTSIDE = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),  # timm's
+    *("weights", "weights_backbone"),  # torchvision's
+)
+
+
+def check_strange(name: object, arguments: object, source: str) -> None:
+    """Refuse a network of a stranger's file that is none of the known, or with arguments that open files or connections.
+
+    Args:
+        name: What the file says is the network's name.
+        arguments: What the file says are its arguments.
+        source: The file, for the message.
+
+    Raises:
+        UserError: It is one of these.
+    """
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise UserError(f"{source}: names no network with arguments, but {name!r} with {arguments!r}")
+    check_model(name)
+    outside = [key for key in _OUTSIDE if arguments.get(key)]
+    if outside:
+        raise UserError(
+            f"{source}: {name} with {outside[0]}={arguments[outside[0]]!r} would open other files or the network; "
+            "a file of others may not ask for that"
+        )
 
 
 def create_model(name: str, *, conversion: Mapping[str, Any] | None = None, **overrides: Any) -> nn.Module:
@@ -117,6 +146,7 @@ def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         UserError: If the network cannot be built with these arguments.
     """
     broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
+    broken += (pickle.UnpicklingError,)  # timm's argument checkpoint_path; what it reads is never executed
     try:
         return create_model(name, **arguments)
     except UserError:

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import shutil
 import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any, NamedTuple
@@ -59,6 +60,38 @@ class DiskFull(OSError):  # noqa: N818 - names the trouble
         return str(self.strerror)
 
 
+@contextmanager
+def told_when_full(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what writers raise on a full disk into `DiskFull`; torch, safetensors and others have errors of their own.
+
+    Args:
+        folder: Where the block writes.
+        needed: Bytes that it will write, where this is known; they are looked for first.
+    """
+
+    def free() -> int:
+        return shutil.disk_usage(folder).free
+
+    if free() < needed:
+        raise DiskFull(folder, needed, free())
+    try:
+        yield
+    except DiskFull:
+        raise
+    except (OSError, RuntimeError, UserError, SafetensorError) as error:
+        left, first = free(), error.__context__
+        if isinstance(error, RuntimeError) and isinstance(first, OSError):  # torch's writer complains once more
+            error = first
+        if getattr(error, "errno", None) in _NO_ROOM or "No space left" in str(error) or left < needed:
+            raise DiskFull(folder, needed or _RESERVE, left) from error
+        raise error
+
+
+_NO_ROOM = (errno.ENOSPC, *([errno.EDQUOT] if sys.platform != "win32" else []))
+_RESERVE = 65_536
+"""Bytes for what is written beside the weights."""
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write`` with an open file; ``path`` holds all of what it wrote, or what was there before.
 
@@ -81,27 +114,24 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _staged(path: Path, sidecar: bool = False) -> Iterator[Path]:
+def _staged(path: Path, sidecar: bool = False, needed: int = 0) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes ``path``, after its sidecar, when the block ends well."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    short = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # the name itself may be as long as names can be
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{short}")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors replaces the file by a private one
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if sidecar else ""
-        if sidecar:
-            path.unlink(missing_ok=True)  # a file that exists must match its sidecar at every moment
-            write_text(_sidecar(path), f"{digest}  {path.name}\n")
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            needed = temporary.stat().st_size if temporary.exists() else 0
-            raise DiskFull(path.parent, needed, shutil.disk_usage(path.parent).free) from error
-        raise
+        with told_when_full(path.parent, needed):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors replaces the file by a private one
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if sidecar else ""
+            if sidecar:
+                path.unlink(missing_ok=True)  # a file that exists must match its sidecar at every moment
+                write_text(_sidecar(path), f"{digest}  {path.name}\n")
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -126,18 +156,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         DiskFull: Less than 1.2 times the size of the tensors is free, or the disk filled up meanwhile.
     """
-    needed = int(1.2 * sum(t.numel() * t.element_size() for t in _tensors(state))) + 65_536
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise DiskFull(path.parent, needed, free)
-    with _staged(path, sidecar=True) as temporary:
-        try:
-            torch.save(dict(state), temporary)
-        except RuntimeError as error:  # how torch reports a failed write
-            free = shutil.disk_usage(path.parent).free
-            if free < needed:
-                raise DiskFull(path.parent, needed, free) from error
-            raise
+    needed = int(1.2 * sum(t.numel() * t.element_size() for t in _tensors(state))) + _RESERVE
+    with _staged(path, True, needed) as temporary, temporary.open("wb") as file:
+        torch.save(dict(state), file)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -214,7 +235,8 @@ class RunFolder:
 
     The lock belongs to the process, so a killed run leaves nothing locked. It is a POSIX record lock, which, unlike
     ``flock``, is not inherited by forked data workers that outlive a killed parent by some seconds; on Windows it is
-    a locked byte. ``run.lock`` keeps the process id for the error message.
+    a locked byte. ``run.lock`` keeps the process id and the host for the error message. On a network file
+    system it is as good as the locks of that file system: NFS passes it on to its server, some others do not.
 
     ::
 
@@ -232,8 +254,9 @@ class RunFolder:
         sources: Trained weights that the run depends on, by their part in it: ``teacher`` and ``init``, where it has them.
 
     Raises:
-        UserError: On entering: the folder cannot be written, is in use, holds other files, a finished run or a run
-            of another recipe, data set, teacher or start.
+        UserError: On entering: the folder cannot be written, is in use, holds other files, links, a finished run or a
+            run of another recipe, data set, teacher or start.
+        DiskFull: On entering: there is no room for the first lines.
     """
 
     def __init__(
@@ -251,7 +274,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
-            self._acquire()
+            with told_when_full(self.path):
+                self._acquire()
+        except DiskFull:
+            raise
         except OSError as error:
             raise UserError(f"run folder {self.path}: cannot be written ({error.strerror or error})") from error
         try:
@@ -267,6 +293,12 @@ class RunFolder:
         self._release()
 
     def _refuse_foreign(self) -> None:
+        links = sorted(p.name for p in self.path.iterdir() if p.is_symlink())
+        if links:
+            raise UserError(
+                f"run folder {self.path}: holds symbolic links ({', '.join(links[:5])}), so that the run would write "
+                "elsewhere; remove them, or choose a new folder"
+            )
         entries = [p.name for p in self.path.iterdir()]
         ours = {
             "run.lock",
@@ -285,7 +317,7 @@ class RunFolder:
         place = str(self.path.resolve())
         if place in _ENTERED:  # a record lock does not stop its own process
             raise UserError(f"run folder {self.path}: already in use by this process ({os.getpid()})")
-        lock = (self.path / "run.lock").open("a+", encoding="ascii")
+        lock = (self.path / "run.lock").open("a+", encoding="utf-8", errors="replace")
         try:
             _lock_file(lock.fileno())
         except OSError as error:
@@ -295,10 +327,12 @@ class RunFolder:
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
             raise UserError(f"run folder {self.path}: already in use by process {owner}") from error
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
+        try:
+            _note_owner(lock)
+        except OSError:
+            with suppress(OSError):  # closing tries to write once more
+                lock.close()
+            raise
         _ENTERED.add(place)
         self._lock = lock
 
@@ -317,6 +351,7 @@ class RunFolder:
             if self.status() == "finished":
                 raise UserError(f"run folder {self.path}: holds a finished run; choose a new folder")
         self.checkpoints.mkdir(exist_ok=True)
+        check_writable(self.checkpoints / "step-000000000.ckpt")
         self._sweep()
         write_json(data_file, self.data)
         write_json(self.path / "sources.json", dict(self.sources))
@@ -373,6 +408,13 @@ else:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def _note_owner(lock: IO[str]) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+
+
 def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
     old, new = there.to_dict(), asked.to_dict()
     differences = [
@@ -423,13 +465,13 @@ def read_recipe(folder: Path) -> Recipe:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model as safetensors with a sidecar; weights that are shared are stored once."""
-    with _staged(path, sidecar=True) as temporary:
-        try:
-            save_model(model, str(temporary))
-        except SafetensorError as error:
-            if "space" in str(error).lower():
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise
+    with _staged(path, True, room_for(model)) as temporary:
+        save_model(model, str(temporary))
+
+
+def room_for(model: nn.Module) -> int:
+    """Bytes that the weights of a network take on disk, and what is written beside them."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) + _RESERVE
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

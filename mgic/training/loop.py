@@ -15,7 +15,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..data import Augmentation, Data, epoch_order, random_key
+from ..data import Augmentation, Data, WorkerLost, epoch_order, random_key
 from ..errors import Stopped, UserError
 from .checkpoint import SCHEMA, RunFolder, Start, TrainedNetwork, save_weights, start_from, write_json
 from .distillation import Distillation, check_teacher, note_sources
@@ -43,7 +43,16 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(Stopped):
-    """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite."""
+    """The loss or the gradient was NaN or infinite several times in a row; the last checkpoint is finite.
+
+    Args:
+        message: What happened.
+        samples: Indices of the training samples of each of these steps; ``status.json`` keeps them.
+    """
+
+    def __init__(self, message: str, samples: Sequence[list[int]] = ()):
+        super().__init__(message)
+        self.samples = list(samples)
 
 
 @dataclass(frozen=True)
@@ -157,23 +166,26 @@ def train(
     with Signals() as signals, processes.together(), ExitStack() as opened:
         processes.same({**recipe.to_dict(), **fingerprint, **folder.sources}, "processes differ")
         processes.first(lambda: opened.enter_context(folder) and None)
-        outcome = "failed"
+        outcome: dict[str, Any] = {"state": "failed"}
         processes.first(lambda: folder.write_status("running"))
         try:
             with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
                 run = _Run(recipe, model, data, folder, fabric, processes, steps_per_epoch, strict_resume, distillation)
                 with progress_bar(progress if processes.rank == 0 else False, run.total_steps) as show:
                     summary = run.finish(signals, show, on_step)
-            outcome = "finished"
+            outcome = {"state": "finished"}
         except (Interrupted, KeyboardInterrupt):
-            outcome = "interrupted"
+            outcome = {"state": "interrupted"}
+            raise
+        except NonFiniteLoss as error:
+            outcome["samples"] = error.samples
             raise
         finally:
-            if outcome == "finished":
-                processes.first(lambda: folder.write_status(outcome))
+            if outcome["state"] == "finished":
+                processes.first(lambda: folder.write_status(**outcome))
             elif processes.rank == 0:
                 with suppress(OSError):  # the error under way says more than a full disk
-                    folder.write_status(outcome)
+                    folder.write_status(**outcome)
     return summary
 
 
@@ -396,11 +408,11 @@ class _Run:
     ) -> RunSummary:
         """Train from where the run stands to its end, write the weights, and say how it went."""
         self.signals, first = signals, self.processes.rank == 0
-        with tensorboard(self.folder.path / "tensorboard", self.at.step) if first else nullcontext() as board:
+        with tensorboard(self.folder.path / "tensorboard", self.at.step) if first else nullcontext() as log:
             try:
                 while True:
                     if self.at.step == (len(self.at.history) + 1) * self.steps_per_epoch:
-                        self._end_epoch(board)
+                        self._end_epoch(log)
                         if on_step:
                             on_step(self.at.step)
                     if self.at.step == self.total_steps:
@@ -409,6 +421,11 @@ class _Run:
                 summary = self._summary()
             except Interrupted:
                 self._save()
+                raise
+            except WorkerLost:  # between two steps, so nothing is lost; it may have got the signal that came here too
+                if self.processes.count == 1:  # the others do not know of it: they cannot save together
+                    self._save()
+                    signals.check()
                 raise
         self.processes.first(lambda: self._write_results(summary))
         return summary
@@ -504,9 +521,16 @@ class _Run:
             epoch, batch = divmod(at.step - 1, self.steps_per_epoch)
             raise NonFiniteLoss(
                 f"the loss or its gradient was not finite in {MAX_NONFINITE_STEPS} steps in a row, last in step "
-                f"{at.step - 1} (epoch {epoch}, batch {batch}); a lower lr than {recipe.lr:g}, clip_grad or "
-                "precision '32' may help"
+                f"{at.step - 1} (epoch {epoch}, batch {batch}; status.json names the samples); a lower lr than "
+                f"{recipe.lr:g}, clip_grad or precision '32' may help",
+                [self._samples_of(step) for step in range(at.step - MAX_NONFINITE_STEPS, at.step)],
             )
+
+    def _samples_of(self, step: int) -> list[int]:
+        """Indices of the training samples of a step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order, size = epoch_order(len(self.data.train), self.recipe.seed, epoch), self.recipe.batch_size
+        return order[batch * size : (batch + 1) * size].tolist()
 
     def _clip(self) -> bool:
         """Clip the gradient if the recipe says so; tell whether it is finite."""
@@ -537,7 +561,7 @@ class _Run:
                 processes=self.processes,
             )
 
-    def _end_epoch(self, board: Any) -> None:
+    def _end_epoch(self, log: Callable[[Mapping[str, float], int], None] | None) -> None:
         at = self.at
         test = self._evaluate("test")
         score = self.data.task.score
@@ -555,11 +579,9 @@ class _Run:
         at.loss_sum, at.losses, at.seconds = 0.0, 0, 0.0
         self._save()
         self.processes.first(lambda: write_csv(self.folder.path / "metrics.csv", at.history))
-        if board is not None:
-            for name in ("lr", "train_loss", "test_loss", f"test_{score}"):
-                board.add_scalar(name, row[name], at.step)
-        if self.processes.rank:
+        if log is None:  # the first process speaks for all
             return
+        log({name: row[name] for name in ("lr", "train_loss", "test_loss", f"test_{score}")}, at.step)
         train, test_score = row["train_loss"], f"{test[score]:.4g} {self.data.task.unit}".strip()
         logger.info("epoch %d: train loss %.4f, test %s %s", row["epoch"], train, score, test_score)
 

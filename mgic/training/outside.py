@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -60,22 +60,60 @@ class Signals:
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """All rows again: a resumed run then leaves exactly the file of an uninterrupted one."""
+    """All rows again: a resumed run then leaves exactly the file of an uninterrupted one.
+
+    A file that cannot be written is a warning: a run does not end because of its log.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    try:
+        write_text(path, text.getvalue())
+    except OSError as error:
+        _go_on_without(path, error)
 
 
-def tensorboard(folder: Path, step: int) -> AbstractContextManager[Any]:
-    """An event writer that hides the rows after ``step``, which a killed process may have left."""
+@contextmanager
+def tensorboard(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """A function that writes the values of a step as events; what a killed process left after ``step`` is hidden.
+
+    After the first event that cannot be written there is a warning, and nothing more is tried.
+    """
     if importlib.util.find_spec("tensorboard") is None:
-        warnings.warn("TensorBoard is not installed, so no event files: pip install 'mgic[train]'", stacklevel=2)
-        return nullcontext()
+        warnings.warn("TensorBoard is not installed, so no event files: pip install 'mgic[train]'", stacklevel=3)
+        yield lambda values, step: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    writers = []
+
+    def write(values: Mapping[str, float], step: int) -> None:
+        try:
+            for writer in writers:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+        except OSError as error:
+            writers.clear()
+            _go_on_without(folder, error)
+
+    try:
+        writers.append(SummaryWriter(str(folder), purge_step=step + 1 if step else None))
+    except OSError as error:
+        _go_on_without(folder, error)
+    try:
+        yield write
+    finally:
+        for writer in writers:
+            try:
+                writer.close()
+            except OSError as error:
+                _go_on_without(folder, error)
+
+
+def _go_on_without(path: Path, error: OSError) -> None:
+    warnings.warn(f"{path}: the log cannot be written ({error.strerror or error}); the run goes on", stacklevel=3)
 
 
 @contextmanager

@@ -272,7 +272,10 @@ _RULES: dict[str, _Rule] = {
     "model": _NAME,
     "model_args": _ARGUMENTS,
     "data": _NAME,
-    "data_args": _ARGUMENTS,
+    "data_args": (
+        lambda v: _ARGUMENTS[0](v) and not {"name", "root", "download"} & v.keys(),
+        f"{_ARGUMENTS[1]}; root and download are flags of the command",
+    ),
     "epochs": _integer(1),
     "batch_size": _integer(1),
     "lr": _number(0, open_low=True),
