@@ -109,13 +109,13 @@ def _start(processes, folder, recipe=RECIPE, *, report=False, kill_after=None, i
 
 
 def _finish(process):
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None, "the training process hangs"
     return process.exitcode
 
 
 def _first_step(receive):
-    assert receive.poll(120), "the training process hangs"
+    assert receive.poll(300), "the training process hangs"
     with contextlib.suppress(EOFError):  # it had nothing left to train
         receive.recv()
 
@@ -327,7 +327,7 @@ def test_r2_kills_while_saving_leave_no_corrupt_file_and_a_restart_cleans_up(pro
         process = processes.Process(target=_save_for_ever, args=(folder, megabytes, send))
         process.start()
         send.close()
-        assert receive.poll(120)
+        assert receive.poll(300)
         receive.recv()
         process.join(clock.uniform(0, 0.005 * megabytes))
         process.kill()
@@ -517,7 +517,7 @@ def test_r24_of_many_simultaneous_starts_exactly_one_runs(processes, tmp_path, t
         process.start()
     time.sleep(1)
     start.set()
-    said = [outcomes.get(timeout=120) for _ in crowd]
+    said = [outcomes.get(timeout=300) for _ in crowd]
     over.set()
     for process in crowd:
         process.join()
@@ -647,7 +647,7 @@ def test_r7_a_refused_write_keeps_the_older_checkpoint(processes, tmp_path, tria
         outcomes = processes.Queue()
         process = processes.Process(target=_save_beyond_a_limit, args=(tmp_path / str(k), outcomes))
         process.start()
-        assert outcomes.get(timeout=120)[0] == errno.EFBIG
+        assert outcomes.get(timeout=300)[0] == errno.EFBIG
         assert _finish(process) == 0
         assert torch.equal(
             newest_checkpoint(tmp_path / str(k) / "checkpoints", strict=True)["model"]["w"], torch.ones(9)

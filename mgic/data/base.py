@@ -282,7 +282,7 @@ def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) ->
     processes, began, trouble = iterator._workers, time.monotonic(), ""
     while not trouble:
         try:
-            return next(iterator)  # type: ignore[no-any-return]
+            return list(next(iterator))
         except (RuntimeError, OSError, EOFError) as error:
             awaited = number % len(processes)
             if isinstance(error, ConnectionError | EOFError):  # it is dying

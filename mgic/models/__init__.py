@@ -145,8 +145,10 @@ def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: If the network cannot be built with these arguments.
     """
-    broken = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
-    broken += (pickle.UnpicklingError,)  # timm's argument checkpoint_path; what it reads is never executed
+    broken = (
+        *(TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError),
+        pickle.UnpicklingError,  # of timm's argument checkpoint_path: what it reads is never executed
+    )
     try:
         return create_model(name, **arguments)
     except UserError:

@@ -86,7 +86,7 @@ def tensorboard(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, floa
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writers = []
+    writers: list[SummaryWriter] = []
 
     def write(values: Mapping[str, float], step: int) -> None:
         try:
