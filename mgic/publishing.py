@@ -28,14 +28,16 @@ from torch.utils._pytree import tree_leaves
 from .counting import cost
 from .data import licence
 from .errors import UserError
-from .models import create_model
+from .models import build_model, check_model, create_model
 from .prediction import from_files
+from .runtime.paths import BROKEN
 from .training.checkpoint import (
     TrainedNetwork,
     fit_weights,
     load_network,
     load_weights,
     read_json,
+    read_safetensors,
     read_sources,
     require_finished,
     save_weights,
@@ -107,13 +109,25 @@ def from_pretrained(place: str | Path, revision: str | None = None) -> nn.Module
             raise UserError(f"{place}: no folder, and not to be had from the hub ({reason})") from error
     if not (folder / _CONFIG).is_file():
         raise UserError(f"{place}: no published network: {_CONFIG} is missing")
+    if not (folder / _WEIGHTS).is_file():
+        raise UserError(f"{place}: half a published network: {_WEIGHTS} is missing; fetch it again")
     config = read_json(folder / _CONFIG)
+    name, arguments = config.get("architecture"), config.get("model_args", {})
+    if not (isinstance(name, str) and isinstance(arguments, dict)):
+        raise UserError(f"{place}: no published network: {_CONFIG} names no architecture with its arguments")
+    signed = (folder / f"{_WEIGHTS}.sha256").exists() or config.get("library") == "mgic"
+    weights = load_weights(folder / _WEIGHTS) if signed else read_safetensors(folder / _WEIGHTS)
     if config.get("library") != "mgic":
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        check_model(name)
+        try:
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (*BROKEN, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{place}: {name} cannot be built from it ({reason})") from error
     if config.get("schema") != SCHEMA:
         raise UserError(f"{place}: of schema {config.get('schema')!r}; this version of mgic reads {SCHEMA}")
-    model = create_model(config["architecture"], **config["model_args"])
-    fit_weights(model, load_weights(folder / _WEIGHTS), f"{place}: its weights do not fit {config['architecture']}")
+    model = build_model(name, arguments)
+    fit_weights(model, weights, f"{place}: its weights do not fit {name}")
     return model.eval()
 
 
@@ -166,6 +180,7 @@ def _write_timms(network: TrainedNetwork, folder: Path, license: str | None) -> 
     model.register_state_dict_post_hook(_unshare)
     labels = {"label_names": data["classes"]} if data.get("classes") else {}
     save_for_hf(model, str(folder), model_config=labels, model_args=_arguments(network), safe_serialization=True)
+    write_text(folder / f"{_WEIGHTS}.sha256", f"{sha256(folder / _WEIGHTS)}  {_WEIGHTS}\n")
 
 
 def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

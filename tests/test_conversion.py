@@ -74,7 +74,7 @@ def test_a_residual_block_becomes_the_papers_block():
     assert rows_of(report)["layer2.1"].action == "block"
 
 
-def test_the_original_is_untouched_by_convert_and_converted_in_place_by_convert_():
+def test_r31_the_original_is_untouched_by_convert_and_converted_in_place_by_convert_():
     model = Tiny()
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(2, 3, 8, 8)
@@ -230,7 +230,7 @@ class Odd(nn.Module):
         return self.head(self.lifted(x.flatten(2)).mean(2) @ self.matrix)
 
 
-def test_what_cannot_be_replaced_is_kept_with_the_reason():
+def test_r31_what_cannot_be_replaced_is_kept_with_the_reason():
     model = Odd()
     x = torch.randn(2, 32, 6, 6)
     expected = model.eval()(x)
@@ -265,7 +265,7 @@ class Strided(nn.Module):
         return self.other((self.conv(x) * self.conv.weight.mean()).mean((2, 3)))
 
 
-def test_a_network_that_does_not_run_with_a_layer_replaced_keeps_it():
+def test_r31_a_network_that_does_not_run_with_a_layer_replaced_keeps_it():
     report = convert_(Strided(), NARROW, input_size=(32, 4, 4))
     assert rows_of(report)["conv"].reason.startswith("the network does not run with it replaced (AttributeError")
 
@@ -344,7 +344,7 @@ class Remembers(nn.Module):
         return self.last
 
 
-def test_a_network_that_cannot_be_copied_is_one_line():
+def test_r31_a_network_that_cannot_be_copied_is_one_line():
     model = Remembers()
     model(torch.randn(1, 32, 4, 4))
     with pytest.raises(UserError, match=r"Remembers cannot be copied .* a stored activation"):
@@ -391,12 +391,12 @@ def _scripted():
         (lambda: torch.ao.nn.quantized.Conv2d(8, 8, 1), "Conv2d is quantised: convert the network before"),
     ],
 )
-def test_networks_that_are_no_plain_modules_are_refused(make, words):
+def test_r31_networks_that_are_no_plain_modules_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         convert_(make(), NARROW, input_size=(3, 8, 8))
 
 
-def test_an_optimizer_of_replaced_parameters_is_refused_before_anything_changes():
+def test_r31_an_optimizer_of_replaced_parameters_is_refused_before_anything_changes():
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match="the optimizer holds parameters of block, which would be replaced"):

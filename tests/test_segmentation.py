@@ -344,6 +344,7 @@ def spoil(folder, what):
     changes = {
         "no mask": mask.unlink,
         "label 12": lambda: Image.fromarray(np.full((24, 32), 12, np.uint8)).save(mask),
+        "no label": lambda: Image.fromarray(np.full((24, 32), 3, np.uint8)).save(mask),
         "colours": lambda: Image.new("RGB", (32, 24)).save(mask),
         "deep": lambda: Image.fromarray(np.full((24, 32), 300, np.uint16)).save(mask),
         "another size": lambda: Image.new("L", (30, 24)).save(mask),
@@ -364,10 +365,11 @@ def spoil(folder, what):
         ("another size", r"train/labels/3\.png: is 24x30, its image .*3\.png is 24x32"),
         ("one pixel", r"train/images/3\.png: is 1x1; at least 8x8 pixels are needed"),
         ("no image", r"train/images/3\.png: cannot be decoded as an image"),
+        ("no label", r"train/labels/3\.png: label 3, but 3 classes are 0"),
         ("half a mask", r"train/labels/3\.png: cannot be decoded as a mask"),
     ],
 )
-def test_bad_files_are_one_line_that_names_the_file(folder, what, message):
+def test_r12_bad_files_and_labels_are_one_line_that_names_the_file(folder, what, message):
     spoil(folder, what)
     with pytest.raises(UserError, match=message) as error:
         batches(load(folder), workers=2 if what == "label 12" else 0)
@@ -393,7 +395,7 @@ def test_wrong_arguments_are_refused_with_their_values(folder, arguments, messag
         load(folder, **arguments)
 
 
-def test_folders_without_images_and_missing_sets_say_what_is_expected(folder, tmp_path):
+def test_r11_folders_without_images_and_missing_sets_say_what_is_expected(folder, tmp_path):
     for file in (folder / "test/images").iterdir():
         file.unlink()
     with pytest.raises(UserError, match=r"test/images; expected images; found nothing"):

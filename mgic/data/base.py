@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,6 +135,12 @@ class Data:
         std = torch.tensor(self.std, device=device).view(shape) * self.scale
         return lambda x: (x.float() - mean) / std
 
+    @property
+    def bad_samples(self) -> int:
+        """Training samples that could not be read so far; others were taken instead. 0 where that is an error."""
+        bad = getattr(self.train, "bad", None)
+        return len(bad.found) if isinstance(bad, BadSamples) else 0
+
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell this data set from another: a resumed run must find the same ones."""
         return {
@@ -150,6 +157,50 @@ class Data:
         }
 
 
+class BadSample(UserError):  # noqa: N818  (what is wrong, not that something is)
+    """A sample that cannot be read; the message names its file."""
+
+
+MOST_BAD = 0.01
+"""Share of the samples of a split that may be skipped; more of them stop the run."""
+
+
+@dataclass
+class BadSamples:
+    """The samples of a split that could not be read, where its loader was told to skip such.
+
+    Args:
+        total: Samples of the split.
+        found: By index, why.
+    """
+
+    total: int
+    found: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def policy(cls, on_bad_sample: str, total: int) -> BadSamples | None:
+        """``skip`` gives a place to note them in, ``error`` none.
+
+        Raises:
+            UserError: It is neither.
+        """
+        if on_bad_sample not in ("error", "skip"):
+            raise UserError(f"data_args: on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
+        return cls(total) if on_bad_sample == "skip" else None
+
+    def note(self, index: int, reason: str) -> None:
+        """Note one.
+
+        Raises:
+            UserError: With it they are more than `MOST_BAD` of all.
+        """
+        self.found[index] = reason
+        if len(self.found) > MOST_BAD * self.total:
+            raise UserError(
+                f"{len(self.found)} of {self.total:,} samples cannot be read, more than {MOST_BAD:.0%}; the last: {reason}"
+            )
+
+
 Read = Callable[[int], tuple[Tensor, Tensor]]
 """``index -> (input, target)``; it takes its random numbers from PyTorch's generator, and raises `UserError`."""
 
@@ -160,6 +211,8 @@ def read_batches(
     key: tuple[int | str, ...],
     workers: int,
     device: torch.device | str,
+    bad: BadSamples | None = None,
+    replace: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of samples that worker processes read, on ``device``.
 
@@ -172,16 +225,18 @@ def read_batches(
         key: What the random numbers depend on besides the index, e.g. ``("sample", seed, epoch)``.
         workers: Number of processes; 0 reads here.
         device: Where the batches go.
+        bad: Where samples that cannot be read (`BadSample`) are noted; None makes the first of them an error.
+        replace: Take another sample instead of such a one, which follows from ``key`` and the index; else it is left out.
 
     Raises:
-        UserError: ``read`` raised one.
+        UserError: ``read`` raised one, or too many samples cannot be read.
         RuntimeError: A worker died.
     """
     # Forked workers notice within seconds when their parent was killed; those of a fork server never do.
     context = "fork" if workers and sys.platform == "linux" else None
     iterator = iter(
         DataLoader(
-            _Samples(read, key),
+            _Samples(read, key, bad.total if bad and replace else 0),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=list,
@@ -196,27 +251,47 @@ def read_batches(
                 f"a data worker died while reading samples {indices[0]} ... {indices[-1]}; likely causes: memory "
                 f"(use fewer workers than {workers}) or a small /dev/shm. The run can be continued."
             ) from error
-        for sample in samples:
-            if isinstance(sample, str):
-                raise UserError(sample)
-        inputs, targets = zip(*samples, strict=True)
-        yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+        for place, reason, skippable in itertools.chain.from_iterable(found for _, found in samples):
+            if bad is None or not skippable:
+                raise UserError(f"{reason} (sample {place})" if skippable else reason)
+            bad.note(place, reason)
+        whole = [sample for sample, _ in samples if sample is not None]
+        if whole:
+            inputs, targets = zip(*whole, strict=True)
+            yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+
+
+_Trouble = tuple[int, str, bool]
+"""Index of a sample, why it cannot be read, and whether it may be skipped."""
 
 
 @dataclass(frozen=True)
-class _Samples(Dataset[tuple[Tensor, Tensor] | str]):
-    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip."""
+class _Samples(Dataset[tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]]):
+    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip.
+
+    Args:
+        read: Reads one sample.
+        key: What the random numbers depend on besides the index.
+        others: So many samples there are to choose another one from; 0 leaves a broken one out.
+    """
 
     read: Read
     key: tuple[int | str, ...]
+    others: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
-        # Of the CPU alone: a millisecond less a sample.
-        torch.default_generator.manual_seed(random_key(*self.key, index))
-        try:
-            return self.read(index)
-        except UserError as error:
-            return str(error)
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]:
+        place, found = index, []
+        while True:
+            # Of the CPU alone: a millisecond less a sample.
+            torch.default_generator.manual_seed(random_key(*self.key, place))
+            try:
+                return self.read(place), found
+            except UserError as error:
+                skippable = isinstance(error, BadSample)
+                found.append((place, str(error), skippable))
+            if not skippable or not self.others or len(found) > MOST_BAD * self.others:
+                return None, found
+            place = random_key("instead", *self.key, index, len(found)) % self.others
 
 
 def in_order(length: int, batch_size: int) -> list[list[int]]:
