@@ -405,7 +405,9 @@ def test_r13_weights_of_another_configuration_are_refused_with_shapes_and_the_ar
         fit_weights(model, weights, "the weights do not fit")
     said = str(error.value)
     assert 1 <= said.count(" there, ") <= 10
-    assert all(" is (" in part or " is missing" in part for part in said.split(": ", 1)[1].split("; ")[:10] if "there" in part)
+    assert all(
+        " is (" in part or " is missing" in part for part in said.split(": ", 1)[1].split("; ")[:10] if "there" in part
+    )
     assert "\n" not in said
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -414,7 +416,9 @@ def test_r13_a_classifier_of_another_number_of_classes_is_left_out_when_asked(tm
     there = mgic.create_model("resnet20", depth=8, num_classes=7)
     save_weights(tmp_path / "w.safetensors", there)
     model = mgic.create_model("resnet20", depth=8, num_classes=10)
-    with pytest.raises(UserError, match=r"in the classifier alone \(--new-head starts it afresh\).*num_classes=7 would fit"):
+    with pytest.raises(
+        UserError, match=r"in the classifier alone \(--new-head starts it afresh\).*num_classes=7 would fit"
+    ):
         start_from(model, load_start(tmp_path / "w.safetensors"))
     head = model.head.fc.weight.clone()
     start_from(model, load_start(tmp_path / "w.safetensors", new_head=True))

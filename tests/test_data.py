@@ -398,7 +398,9 @@ def zoo(tmp_path_factory):
         for part in ("train", "val"):
             (root / part / label).mkdir(parents=True)
         for k in range(count // 2):
-            Image.fromarray(dice.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(root / "train" / label / f"{k:03}.png")
+            Image.fromarray(dice.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(
+                root / "train" / label / f"{k:03}.png"
+            )
     Image.new("RGB", (8, 8)).save(root / "val/cat/0.png")
     Image.new("RGB", (8, 8)).save(root / "val/dog/0.png")
     cat, dog = root / "train/cat", root / "train/dog"
@@ -433,7 +435,9 @@ def test_r10_every_broken_image_is_named_with_its_index(zoo, trials):
     places = [f"{path.parent.name}/{path.name}" for path, _ in files.samples]
     for name in bad:
         index = places.index(name)
-        with pytest.raises(UserError, match=rf"train/{name}: cannot be decoded as an image .*\(sample {index}\)$") as error:
+        with pytest.raises(
+            UserError, match=rf"train/{name}: cannot be decoded as an image .*\(sample {index}\)$"
+        ) as error:
             list(files.training_batches([torch.tensor([index])], Augmentation(), 0, 0, 0))
         assert "\n" not in str(error.value)
         trials.passes()
@@ -459,7 +463,9 @@ def test_r10_more_than_one_per_cent_stop_and_the_policy_is_checked(zoo, tmp_path
     (tmp_path / "zoo/train/dog/090.png").write_bytes(b"one more")
     data = load_data(f"images:{tmp_path / 'zoo'}", image_size=8, on_bad_sample="skip")
     total = len(data.train)
-    with pytest.raises(UserError, match=rf"{len(bad) + 1} of {total:,} samples cannot be read, more than 1%; the last: .*\.png"):
+    with pytest.raises(
+        UserError, match=rf"{len(bad) + 1} of {total:,} samples cannot be read, more than 1%; the last: .*\.png"
+    ):
         _seen(data.train)
     with pytest.raises(UserError, match="on_bad_sample must be 'error' or 'skip', got 'ignore'"):
         load_data(f"images:{root}", on_bad_sample="ignore")

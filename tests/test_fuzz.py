@@ -136,7 +136,9 @@ def test_recipes_of_any_values_are_recipes_or_errors(values):
 @fuzz(full=1000)
 @given(st.data())
 def test_yaml_of_any_text_is_a_recipe_or_an_error(data):
-    text = data.draw(st.text(max_size=60) | st.builds(bytes.decode, mutated(RECIPE.to_yaml().encode()), st.just("latin-1")))
+    text = data.draw(
+        st.text(max_size=60) | st.builds(bytes.decode, mutated(RECIPE.to_yaml().encode()), st.just("latin-1"))
+    )
     with survived(UserError):
         Recipe.from_yaml(text)
 
@@ -336,7 +338,9 @@ def test_damaged_run_folders_are_read_or_refused(tmp_path):
         run.write_status("finished")
     save_weights(folder / "model.safetensors", tiny())
     load_run(folder)
-    wholes = {name: (folder / name).read_bytes() for name in ("recipe.yaml", "data.json", "sources.json", "status.json")}
+    wholes = {
+        name: (folder / name).read_bytes() for name in ("recipe.yaml", "data.json", "sources.json", "status.json")
+    }
 
     @fuzz(full=500)
     @given(st.sampled_from(sorted(wholes)), st.data())

@@ -337,7 +337,9 @@ def test_the_folder_is_uploaded_as_it_is_and_a_refusal_is_one_line(classifier, t
     monkeypatch.setattr(publishing, "HfApi", lambda: hub)
     to = ["--to", str(tmp_path / "hub"), "--push"]
     assert main(["publish", str(classifier), *to, "me/net"]) == 0
-    assert hub.sent == [("me/net", ["README.md", "config.json", "model.safetensors", "model.safetensors.sha256", "recipe.yaml"])]
+    assert hub.sent == [
+        ("me/net", ["README.md", "config.json", "model.safetensors", "model.safetensors.sha256", "recipe.yaml"])
+    ]
     assert "https://hub/me/net/commit/1" in capsys.readouterr().out
     for error in (ConnectionError("no network"), publishing._HUB_ERRORS[0]("no route")):
         hub.refuses = error

@@ -302,7 +302,7 @@ def test_a_progress_bar_is_shown_on_request_and_never_on_a_pipe(tmp_path, capsys
     assert "8/8" in shown
 
 
-def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
+def test_r32_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
     from mgic.training import outside
 
     monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: None)
@@ -680,7 +680,9 @@ def test_r29_an_unfinished_run_of_every_release_goes_on(release, tmp_path):
     (tmp_path / "run/logits.json").unlink()
     recipe, data = read_recipe(tmp_path / "run"), stripes()
     arguments = {**data.model_arguments(), **recipe.model_args}
-    summary = train(recipe, lambda: mgic.create_model(recipe.model, **arguments), data, tmp_path / "run", progress=False)
+    summary = train(
+        recipe, lambda: mgic.create_model(recipe.model, **arguments), data, tmp_path / "run", progress=False
+    )
     assert (summary.resumed_from, summary.steps) == (8, 16)
     assert len(summary.history) == 2
 

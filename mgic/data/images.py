@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import Augmentation, BadSample, BadSamples, Data, in_order, missing, random_key, read_batches
+from .base import (
+    UNREADABLE,
+    Augmentation,
+    BadSample,
+    BadSamples,
+    Data,
+    in_order,
+    missing,
+    random_key,
+    read_arrays,
+    read_batches,
+)
 from .tasks import classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -187,14 +196,13 @@ def opened(path: Path, what: str) -> Iterator[Any]:
     from PIL import Image
 
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    broken = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, *bombs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 yield file
-    except broken as error:
+    except (*UNREADABLE, *bombs) as error:
         reason = " ".join(str(error).split()).replace(repr(str(path)), "it")
         raise BadSample(f"{path}: cannot be decoded as {what} ({reason}); remove or replace it") from error
 
@@ -329,16 +337,13 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            found = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
-            arrays = [archive[key] for key in keys if key in found]
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a readable .npz file ({error})") from error
+    found = read_arrays(path)
     absent = [key for key in keys if key not in found]
     if absent:
         raise UserError(f"{path}: {', '.join(absent)} not in the file; found {', '.join(found) or 'no array by name'}")
+    arrays = [found[key] for key in keys]
+    if any(array.ndim == 0 for array in arrays):
+        raise UserError(f"{path}: expected arrays of images and labels, got single numbers")
     train, test = len(arrays[0]), len(arrays[2])
     note = f"{path.name}: {train:,} train and {test:,} test images"
     if path.name.startswith("cifar10.") and (train < 50_000 or test < 10_000):
