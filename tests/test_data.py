@@ -403,7 +403,7 @@ def zoo(tmp_path_factory):
             )
     Image.new("RGB", (8, 8)).save(root / "val/cat/0.png")
     Image.new("RGB", (8, 8)).save(root / "val/dog/0.png")
-    cat, dog = root / "train/cat", root / "train/dog"
+    cat = root / "train/cat"
     whole = (cat / "000.png").read_bytes()
     bad = {"cat/000.png": whole[: len(whole) // 2], "cat/001.png": b"", "dog/000.png": _png(20_000, 20_000, 0)}
     if FULL:

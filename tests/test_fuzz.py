@@ -149,9 +149,8 @@ def test_yaml_of_any_text_is_a_recipe_or_an_error(data):
 def test_conversions_of_any_values_are_built_or_errors(values):
     with survived(UserError):
         Conversion.from_dict(values)
-    with survived(UserError):
-        with torch.device("meta"):
-            build_model("resnet20", {"depth": 8, "conversion": values})
+    with survived(UserError), torch.device("meta"):
+        build_model("resnet20", {"depth": 8, "conversion": values})
 
 
 @fuzz(examples=30, full=500)
@@ -236,7 +235,7 @@ def test_damaged_files_are_read_or_refused_by_name(name, tmp_path):
             try:
                 READERS[name](path)
             except UserError as error:
-                assert name in str(error)
+                assert name in str(error)  # noqa: PT017 - some are read
                 raise
 
     damaged()

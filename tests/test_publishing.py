@@ -228,7 +228,7 @@ class _Silent(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         self.send_error(503)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the base class asks for this name
 
     def log_message(self, *args):
         pass

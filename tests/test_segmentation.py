@@ -406,6 +406,31 @@ def test_r11_folders_without_images_and_missing_sets_say_what_is_expected(folder
         load_data("cityscapes", tmp_path / "nothing")
 
 
+def test_r10_pairs_that_cannot_be_read_are_skipped_and_counted_where_asked(tmp_path, trials):
+    """One has no readable header, so it is left out from the start; of another half the pixels are missing."""
+    for k in range(200):
+        write_pair(tmp_path / "train", f"{k:03}", 12, 16, k)
+    write_pair(tmp_path / "val", "0", 12, 16)
+    (tmp_path / "train/images/003.png").write_bytes(b"text")
+    mask = tmp_path / "train/labels/090.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"train/images/003\.png: cannot be decoded as an image"):
+        load(tmp_path)
+    data = load(tmp_path, on_bad_sample="skip")
+    assert (len(data.train), data.bad_samples) == (199, 1)
+    whole = [torch.arange(199)]
+    ((images, masks),) = data.train.training_batches(whole, Augmentation(), 0, 0, 0)
+    assert (len(images), data.bad_samples) == (199, 2)
+    ((again, _),) = load(tmp_path, on_bad_sample="skip").train.training_batches(whole, Augmentation(), 0, 0, 2)
+    assert torch.equal(images, again)
+    assert sum(len(x) for x, _ in data.train.evaluation_batches(50, 0)) == 198
+    write_label = Image.fromarray(np.full((12, 16), 7, np.uint8))
+    write_label.save(tmp_path / "train/labels/100.png")
+    with pytest.raises(UserError, match=r"100\.png: label 7, but 3 classes"):  # a wrong label is no bad sample
+        list(data.train.training_batches(whole, Augmentation(), 0, 0, 0))
+    trials.passes(2)
+
+
 def test_overlays_tint_classes_by_their_colours_and_leave_void_alone():
     image = torch.full((3, 2, 3), 100, dtype=torch.uint8)
     mask = torch.tensor([[0, 3, 255], [3, 3, 0]])

@@ -1,4 +1,4 @@
-"""Any width, any group size, every network: blocks that are built, that are the plain block where they should be, that couple.
+"""Blocks of any width and group size are built, are the plain block where they should be, and couple all channels.
 
 The ids R14 to R16 are those of the fault table.
 """

@@ -218,7 +218,7 @@ def read_batches(
     workers: int,
     device: torch.device | str,
     bad: BadSamples | None = None,
-    replace: bool = False,
+    others: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of samples that worker processes read, on ``device``.
 
@@ -232,7 +232,8 @@ def read_batches(
         workers: Number of processes; 0 reads here.
         device: Where the batches go.
         bad: Where samples that cannot be read (`BadSample`) are noted; None makes the first of them an error.
-        replace: Take another sample instead of such a one, which follows from ``key`` and the index; else it is left out.
+        others: So many samples there are to take another from instead of such a one; which follows from ``key`` and the
+            index. With 0 it is left out.
 
     Raises:
         UserError: ``read`` raised one, or too many samples cannot be read.
@@ -242,7 +243,7 @@ def read_batches(
     context = "fork" if workers and sys.platform == "linux" else None
     iterator = iter(
         DataLoader(
-            _Samples(read, key, bad.total if bad and replace else 0),
+            _Samples(read, key, others if bad else 0),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=list,
@@ -295,7 +296,7 @@ class _Samples(Dataset[tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]]):
             except UserError as error:
                 skippable = isinstance(error, BadSample)
                 found.append((place, str(error), skippable))
-            if not skippable or not self.others or len(found) > MOST_BAD * self.others:
+            if not skippable or not self.others or len(found) == 100:  # all of them bad: too many for any run
                 return None, found
             place = random_key("instead", *self.key, index, len(found)) % self.others
 
@@ -311,18 +312,20 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
 
 
 UNREADABLE = (
-    *(
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        SyntaxError,
-    ),
-    *(MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 """What readers of other libraries have been seen to raise for damaged files (``tests/test_fuzz.py``)."""
 

@@ -155,7 +155,7 @@ class ImageFiles:
         transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(self.size, antialias=True), flip])
         key = ("sample", augmentation.seed, epoch)
         read = partial(_read_image, self.samples, transform)
-        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device, self.bad, replace=True)
+        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device, self.bad, len(self))
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The centres of the images; see `centre_crop`."""

@@ -117,7 +117,7 @@ class MaskedImages:
         self.check(augmentation)
         read = partial(_read_crop, self, 0.5 if augmentation.flip else 0.0)
         key = ("sample", augmentation.seed, epoch)
-        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device, self.bad, replace=True)
+        return read_batches(read, [b.tolist() for b in batches], key, workers, self.device, self.bad, len(self))
 
     def evaluation_batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole images; a batch ends where the next image has another size."""

@@ -636,7 +636,7 @@ def _explanation(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     firsts = {(there[:1], here[:1]) for there, here in changed.values()}
     if not odd and len(firsts) == 1 and next(iter(firsts))[1] == (classes,):
         return f"; num_classes={next(iter(firsts))[0][0]} would fit"
-    first = next(name for name, shape in own.items() if len(shape) > 1)
+    first = next((name for name, shape in own.items() if len(shape) > 1), "")
     if not odd and list(changed) == [first] and changed[first][0][:1] == changed[first][1][:1]:
         return f"; in_chans={changed[first][0][1]} would fit"
     if any(len(here) == 1 and here != (classes,) for _, here in changed.values()):
