@@ -688,6 +688,7 @@ def _run_demo(args: Namespace, given: Sequence[str]) -> int:
 
 EXTRAS = {
     "train": ("lightning", "tensorboard", "torchmetrics"),
+    "points": ("torch_geometric", "h5py"),
     "plots": ("matplotlib",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),

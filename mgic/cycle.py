@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import GroupedLinear, Layer, relu
 from .errors import ChannelConfigError
-from .hierarchy import Level, plan_levels
+from .hierarchy import Level, check_positive, plan_levels
 from .transfer import Transfer, averaging_pair, isometric_pair
 
 Correction = Callable[[Tensor, Tensor], Tensor]
@@ -209,7 +209,7 @@ class ChannelChange(nn.Sequential):
         ``(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))``
 
     Raises:
-        ChannelConfigError: If ``groups`` does not divide both widths.
+        ChannelConfigError: If ``groups`` does not divide both widths, a number is not positive or the kernel's size not odd.
     """
 
     def __init__(
@@ -222,6 +222,9 @@ class ChannelChange(nn.Sequential):
         norm: Layer = nn.BatchNorm2d,
         act: Layer = relu,
     ) -> None:
+        check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise ChannelConfigError(f"kernel_size must be odd, got {kernel_size}")
         groups = math.gcd(in_channels, out_channels) if groups is None else groups
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ChannelConfigError(f"groups={groups} must divide both in_channels={in_channels} and {out_channels=}")

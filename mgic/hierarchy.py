@@ -40,7 +40,8 @@ class Level:
         return self.channels // self.transfer_groups if self.transfer_groups else 0
 
 
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
+    """Refuse values that are no positive integers, by name."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ChannelConfigError(f"{name} must be a positive integer, got {value!r}")
@@ -82,7 +83,7 @@ def fit_group_size(channels: int, group_size: int, hidden: int | None = None, mi
         10
     """
     inner = channels if hidden is None else hidden
-    _check_positive(channels=channels, group_size=group_size, hidden=inner, min_groups=min_groups)
+    check_positive(channels=channels, group_size=group_size, hidden=inner, min_groups=min_groups)
     return min(channels, inner) // _fit_groups(channels, inner, group_size, min_groups)
 
 
@@ -132,7 +133,7 @@ def plan_levels(
         Level(channels=16, groups=1, hidden=16, transfer_groups=0)
     """
     inner = channels if hidden is None else hidden
-    _check_positive(channels=channels, group_size=group_size, coarsest=coarsest, hidden=inner, min_groups=min_groups)
+    check_positive(channels=channels, group_size=group_size, coarsest=coarsest, hidden=inner, min_groups=min_groups)
     if transfer_group_size is not None and (transfer_group_size < 2 or transfer_group_size % 2):
         raise ChannelConfigError(f"transfer_group_size must be even (pairs are averaged), got {transfer_group_size}")
     for name, value in (("extra", extra), ("minimum", minimum), ("maximum", 0 if maximum is None else maximum)):

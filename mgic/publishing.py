@@ -38,6 +38,7 @@ from .training.checkpoint import (
     load_network,
     load_weights,
     read_json,
+    read_safetensors,
     read_sources,
     require_finished,
     room_for,
@@ -112,24 +113,26 @@ def from_pretrained(place: str | Path, revision: str | None = None) -> nn.Module
         except _HUB_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{place}: no folder, and not to be had from the hub ({reason})") from error
-    for name in (_CONFIG, _WEIGHTS):  # weights in other formats, which timm would look for, are not read
-        if not (folder / name).is_file():
-            raise UserError(f"{place}: no published network: {name} is missing")
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"{place}: no published network: {_CONFIG} is missing")
+    if not (folder / _WEIGHTS).is_file():  # weights in other formats, which timm would look for, are not read
+        raise UserError(f"{place}: half a published network: {_WEIGHTS} is missing; fetch it again")
     config = read_json(folder / _CONFIG)
     timms = config.get("library") != "mgic"
-    check_strange(config.get("architecture"), config.get("model_args", {} if timms else None), f"{place}: {_CONFIG}")
+    name, arguments = config.get("architecture"), config.get("model_args", {})
+    check_strange(name, arguments, f"{place}: {_CONFIG}")
+    signed = (folder / f"{_WEIGHTS}.sha256").exists() or not timms
+    weights = load_weights(folder / _WEIGHTS) if signed else read_safetensors(folder / _WEIGHTS)
     if timms:
         try:
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except (*BROKEN, SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{place}: {_WEIGHTS} does not fit {_CONFIG}, or one of them is damaged ({reason})"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{place}: {name} cannot be built from it ({reason})") from error
     if config.get("schema") != SCHEMA:
         raise UserError(f"{place}: of schema {config.get('schema')!r}; this version of mgic reads {SCHEMA}")
-    model = build_model(config["architecture"], config["model_args"])
-    fit_weights(model, load_weights(folder / _WEIGHTS), f"{place}: its weights do not fit {config['architecture']}")
+    model = build_model(str(name), arguments)
+    fit_weights(model, weights, f"{place}: its weights do not fit {name}")
     return model.eval()
 
 
@@ -182,6 +185,7 @@ def _write_timms(network: TrainedNetwork, folder: Path, license: str | None) -> 
     model.register_state_dict_post_hook(_unshare)
     labels = {"label_names": data["classes"]} if data.get("classes") else {}
     save_for_hf(model, str(folder), model_config=labels, model_args=_arguments(network), safe_serialization=True)
+    write_text(folder / f"{_WEIGHTS}.sha256", f"{sha256(folder / _WEIGHTS)}  {_WEIGHTS}\n")
 
 
 def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

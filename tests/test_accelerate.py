@@ -161,7 +161,7 @@ def test_torch_compile_freezes_and_compiles_each_network_apart(monkeypatch):
     assert len({id(code) for code in codes}) == len(networks)
 
 
-def test_a_missing_package_is_a_reason_that_says_how_to_install_it(network, monkeypatch):
+def test_r32_a_missing_package_is_a_reason_that_says_how_to_install_it(network, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(PathUnavailable, match=r"onnxruntime is not installed: pip install 'mgic\[onnx\]'"):
         PATHS["onnxruntime"](network, torch.randn(SIZE), 1)

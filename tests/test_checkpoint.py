@@ -16,16 +16,20 @@ from hypothesis import strategies as st
 from tiny import RECIPE, stripes, tiny
 from torch import nn
 
+import mgic
 from mgic.errors import UserError
 from mgic.training import CorruptCheckpoint, DiskFull, Recipe, load_run, train
 from mgic.training import checkpoint as module
 from mgic.training.checkpoint import (
     RunFolder,
+    fit_weights,
     load_checkpoint,
+    load_start,
     load_weights,
     newest_checkpoint,
     save_checkpoint,
     save_weights,
+    start_from,
     write_atomically,
     write_text,
 )
@@ -350,3 +354,66 @@ def test_load_run_gives_final_weights_else_those_of_the_newest_checkpoint(tmp_pa
 def test_a_run_folder_keeps_its_recipe_readable(tmp_path):
     with RunFolder(tmp_path / "run", RECIPE, {}):
         assert Recipe.from_yaml((tmp_path / "run/recipe.yaml").read_text()) == RECIPE
+
+
+# Weights of another configuration
+
+EDITS = {
+    "group_size": ("mgic_resnet20", {"depth": 8, "group_size": 4}, r"the groups are others \(group_size\)"),
+    "coarsest": ("mgic_resnet20", {"depth": 8, "coarsest": 4}, r"another number of levels \(coarsest\)"),
+    "width": ("mgic_resnet20", {"depth": 8, "width": 2.0}, r"the widths are others \(width, channels\)"),
+    "num_classes": ("mgic_resnet20", {"depth": 8, "num_classes": 7}, r"num_classes=7 would fit"),
+    "in_chans": ("mgic_resnet20", {"depth": 8, "in_chans": 1}, r"in_chans=1 would fit"),
+    "depth": ("mgic_resnet20", {"depth": 14}, r"other layers are there \(depth, repeats"),
+    "channels": ("mgiad18", {"channels": (8, 8, 16, 16), "coarsest": 8}, r"the widths are others \(width, channels\)"),
+    "coarsest of MGiaD": ("mgiad18", {"channels": (8, 16, 16, 16), "coarsest": 4}, r"number of levels \(coarsest\)"),
+    "group_size of MGiaD": (
+        "mgiad18",
+        {"channels": (8, 16, 16, 16), "coarsest": 8, "group_size": 2},
+        r"the groups are others \(group_size\)",
+    ),
+    "classes of pixels": (
+        "mgic_unet",
+        {"width": 8, "depth": 1, "num_classes": 3, "group_size": 2, "coarsest": 4},
+        r"num_classes=3 would fit",
+    ),
+    "another network": ("function_net", {"c_max": 32}, r"another network|the widths are others"),
+}
+FITTING = {
+    "mgic_resnet20": {"depth": 8, "group_size": 8, "coarsest": 16},
+    "mgiad18": {"channels": (8, 16, 16, 16), "coarsest": 8, "group_size": 4},
+    "mgic_unet": {"width": 8, "depth": 1, "group_size": 2, "coarsest": 4},
+    "function_net": {"c_max": 64},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_r13_weights_of_another_configuration_are_refused_with_shapes_and_the_argument_that_explains_them(edit):
+    """One argument is another: at most ten tensors with both shapes, then the argument. Nothing is loaded."""
+    name, arguments, words = EDITS[edit]
+    model = mgic.create_model(name, **FITTING[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = mgic.create_model(name, **{**FITTING[name], **arguments}).state_dict()
+    with pytest.raises(UserError, match=words) as error:
+        fit_weights(model, weights, "the weights do not fit")
+    said = str(error.value)
+    assert 1 <= said.count(" there, ") <= 10
+    assert all(
+        " is (" in part or " is missing" in part for part in said.split(": ", 1)[1].split("; ")[:10] if "there" in part
+    )
+    assert "\n" not in said
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_r13_a_classifier_of_another_number_of_classes_is_left_out_when_asked(tmp_path):
+    there = mgic.create_model("resnet20", depth=8, num_classes=7)
+    save_weights(tmp_path / "w.safetensors", there)
+    model = mgic.create_model("resnet20", depth=8, num_classes=10)
+    with pytest.raises(
+        UserError, match=r"in the classifier alone \(--new-head starts it afresh\).*num_classes=7 would fit"
+    ):
+        start_from(model, load_start(tmp_path / "w.safetensors"))
+    head = model.head.fc.weight.clone()
+    start_from(model, load_start(tmp_path / "w.safetensors", new_head=True))
+    assert torch.equal(model.head.fc.weight, head)
+    assert torch.equal(model.stem.conv.weight, there.stem.conv.weight)

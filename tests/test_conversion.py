@@ -1,7 +1,9 @@
 """Multigrid in existing networks: what is replaced, what is kept and why, and that nothing else changes."""
 
 import copy
+import hashlib
 import json
+import os
 
 import pytest
 import timm
@@ -18,6 +20,7 @@ from mgic.errors import ChannelConfigError, UserError
 from mgic.hierarchy import BASIC, BOTTLENECK, count_macs, count_params, plan_levels
 from mgic.surgery import Conversion, Report, is_residual, narrowed, rebuild_
 
+FULL = os.environ.get("MGIC_FAULTS") == "full"
 NARROW = Conversion(group_size=4, coarsest=8)
 pytestmark = pytest.mark.filterwarnings("ignore:nothing was replaced")
 
@@ -74,7 +77,7 @@ def test_a_residual_block_becomes_the_papers_block():
     assert rows_of(report)["layer2.1"].action == "block"
 
 
-def test_the_original_is_untouched_by_convert_and_converted_in_place_by_convert_():
+def test_r31_the_original_is_untouched_by_convert_and_converted_in_place_by_convert_():
     model = Tiny()
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(2, 3, 8, 8)
@@ -236,7 +239,7 @@ class Odd(nn.Module):
         return self.head(self.lifted(x.flatten(2)).mean(2) @ self.matrix)
 
 
-def test_what_cannot_be_replaced_is_kept_with_the_reason():
+def test_r31_what_cannot_be_replaced_is_kept_with_the_reason():
     model = Odd()
     x = torch.randn(2, 32, 6, 6)
     expected = model.eval()(x)
@@ -271,7 +274,7 @@ class Strided(nn.Module):
         return self.other((self.conv(x) * self.conv.weight.mean()).mean((2, 3)))
 
 
-def test_a_network_that_does_not_run_with_a_layer_replaced_keeps_it():
+def test_r31_a_network_that_does_not_run_with_a_layer_replaced_keeps_it():
     report = convert_(Strided(), NARROW, input_size=(32, 4, 4))
     assert rows_of(report)["conv"].reason.startswith("the network does not run with it replaced (AttributeError")
 
@@ -350,7 +353,7 @@ class Remembers(nn.Module):
         return self.last
 
 
-def test_a_network_that_cannot_be_copied_is_one_line():
+def test_r31_a_network_that_cannot_be_copied_is_one_line():
     model = Remembers()
     model(torch.randn(1, 32, 4, 4))
     with pytest.raises(UserError, match=r"Remembers cannot be copied .* a stored activation"):
@@ -397,12 +400,12 @@ def _scripted():
         (lambda: torch.ao.nn.quantized.Conv2d(8, 8, 1), "Conv2d is quantised: convert the network before"),
     ],
 )
-def test_networks_that_are_no_plain_modules_are_refused(make, words):
+def test_r31_networks_that_are_no_plain_modules_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         convert_(make(), NARROW, input_size=(3, 8, 8))
 
 
-def test_an_optimizer_of_replaced_parameters_is_refused_before_anything_changes():
+def test_r31_an_optimizer_of_replaced_parameters_is_refused_before_anything_changes():
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UserError, match="the optimizer holds parameters of block, which would be replaced"):
@@ -494,3 +497,101 @@ def test_modes_types_and_devices_are_kept():
     convert_(model, NARROW, input_size=(3, 8, 8))
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert not any(m.training for m in model.modules())
+
+
+def fingerprint(model):
+    """A hash of every weight and buffer, and of the kinds of all modules."""
+    both = hashlib.sha256(repr([(name, type(m).__name__) for name, m in model.named_modules()]).encode())
+    for name, value in model.state_dict().items():
+        both.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return both.hexdigest()
+
+
+def _pretrained(name):
+    return lambda: mgic.create_model(name)
+
+
+def _hooked():
+    model = Tiny()
+    model.block.register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def _tied():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 1))
+    model[2].weight = model[1].weight
+    return model
+
+
+def _used_twice():
+    shared = nn.Conv2d(32, 32, 1)
+    return nn.Sequential(nn.Conv2d(3, 32, 1), shared, nn.ReLU(), shared)
+
+
+def _normed(norm):
+    return lambda: nn.Sequential(nn.Conv2d(3, 32, 1), norm(nn.Conv2d(32, 32, 3, padding=1)), nn.Conv2d(32, 64, 1))
+
+
+def _functional():
+    model = Odd()
+    return nn.Sequential(nn.Conv2d(3, 32, 1), model)
+
+
+class Own(nn.Conv2d):
+    """A convolution of somebody's own."""
+
+
+def _own():
+    return nn.Sequential(nn.Conv2d(3, 32, 1), Own(32, 32, 3, padding=1), nn.Conv2d(32, 64, 1))
+
+
+UNKNOWN = {
+    "plain": Tiny,
+    "functional": _functional,
+    "hooks": _hooked,
+    "tied weights": _tied,
+    "shared modules": _used_twice,
+    "spectral norm": _normed(nn.utils.parametrizations.spectral_norm),
+    "weight norm": _normed(nn.utils.parametrizations.weight_norm),
+    "a subclass": _own,
+    "timm": _pretrained("mobilenetv3_small_050"),
+    "torchvision": _pretrained("torchvision:squeezenet1_1"),
+}
+if FULL:
+    for family in (
+        "resnet18",
+        "regnetx_002",
+        "ghostnet_050",
+        "efficientnet_lite0",
+        "convnext_atto",
+        "dla34",
+        "vovnet39a",
+    ):
+        UNKNOWN[family] = _pretrained(family)
+    for family in ("shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "densenet121", "mobilenet_v2", "vgg11"):
+        UNKNOWN[f"torchvision {family}"] = _pretrained(f"torchvision:{family}")
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_r31_every_layer_is_in_the_report_and_the_original_is_what_it_was(kind):
+    model = UNKNOWN[kind]().eval()
+    before = fingerprint(model)
+    converted, report = convert(model, NARROW, input_size=(3, 64, 64))
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        assert converted(torch.randn(2, 3, 64, 64)).isfinite().all()
+    rows = rows_of(report)
+    for name, module in model.named_modules():
+        if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not hasattr(module, "parametrizations"):
+            assert any(name == row or (rows[row].replaced and name.startswith(f"{row}.")) for row in rows), name
+    assert all(row.replaced or row.reason for row in rows.values())
+
+
+def test_r31_a_network_wrapped_for_several_processes_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Tiny())
+        with pytest.raises(UserError, match="DistributedDataParallel wraps a network: convert the network inside"):
+            convert_(wrapped, NARROW, input_size=(3, 8, 8))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -2,7 +2,16 @@
 
 import gzip
 import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +21,11 @@ from sklearn.datasets import load_digits
 from tiny import RECIPE, stripes
 
 from mgic.data import Augmentation, Images, augment_batch, epoch_order, load_data, padded, random_key
-from mgic.data.images import centre_crop
+from mgic.data.images import centre_crop, open_image, size_of
 from mgic.errors import UserError
 from mgic.training import train
+
+FULL = os.environ.get("MGIC_FAULTS") == "full"
 
 # Augmentation
 
@@ -355,7 +366,7 @@ def test_evaluation_cuts_the_centre_out_of_an_image_an_eighth_larger(height, wid
     assert torch.equal(centre_crop(16, Image.fromarray(pixels)), expected)
 
 
-def test_images_of_every_mode_are_read_as_colour(folder):
+def test_r10_images_of_every_mode_are_read_as_colour(folder):
     picture = Image.open(folder / "train/cat/0.png")
     for k, mode in enumerate(("L", "RGBA", "P", "1")):
         picture.convert(mode).save(folder / f"train/cat/mode{k}.png")
@@ -375,6 +386,151 @@ def test_r10_a_corrupt_image_is_an_error_with_its_path(folder, damage, workers):
     bad.write_bytes(damage(bad.read_bytes()))
     with pytest.raises(UserError, match=r"train/dog/3\.png: cannot be decoded as an image .*remove or replace it"):
         _batches(load_data(str(folder), image_size=16).train, step=0, workers=workers)
+
+
+# R10: a folder with everything that can be wrong with an image
+
+
+def _png(width, height, colour):
+    """A PNG of one grey value, written row by row: no picture of that size is ever in memory."""
+    squeeze = zlib.compressobj()
+    row = b"\0" + bytes([colour]) * (width // 8)  # one bit a pixel
+    pixels = b"".join(squeeze.compress(row) for _ in range(height)) + squeeze.flush()
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """1,000 images (300 in the short version): 10 (3) of them cannot be read, five are odd but fine."""
+    root, count = tmp_path_factory.mktemp("zoo"), 1000 if FULL else 300
+    dice = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for part in ("train", "val"):
+            (root / part / label).mkdir(parents=True)
+        for k in range(count // 2):
+            Image.fromarray(dice.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(
+                root / "train" / label / f"{k:03}.png"
+            )
+    Image.new("RGB", (8, 8)).save(root / "val/cat/0.png")
+    Image.new("RGB", (8, 8)).save(root / "val/dog/0.png")
+    cat = root / "train/cat"
+    whole = (cat / "000.png").read_bytes()
+    bad = {"cat/000.png": whole[: len(whole) // 2], "cat/001.png": b"", "dog/000.png": _png(20_000, 20_000, 0)}
+    if FULL:
+        cuts = {f"cat/{k:03}.png": whole[:k] for k in (10, 40, 80, 120)}
+        texts = {"dog/001.png": b"no image\n" * 9, "dog/002.png": "naïve\n".encode(), "dog/003.png": b""}
+        bad = {**bad, **cuts, **texts}
+    for name, contents in bad.items():
+        (root / "train" / name).write_bytes(contents)
+    (cat / "200.png").unlink(missing_ok=True)
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(cat / "130.png", format="JPEG")  # another format than its name says
+    (cat / "131.png").unlink()
+    Image.new("CMYK", (9, 9)).save(cat / "131.jpg")
+    Image.fromarray(np.full((9, 9), 0x8000, np.uint16)).save(cat / "132.png")
+    Image.new("RGB", (1, 1)).save(cat / "133.png")
+    return root, sorted(bad)
+
+
+def _seen(split, epochs=(0,), workers=0):
+    order = [torch.arange(len(split))[i : i + 50] for i in range(0, len(split), 50)]
+    return [
+        torch.cat([x for x, _ in split.training_batches(order, Augmentation(0, True, 5), epoch, 0, workers)])
+        for epoch in epochs
+    ]
+
+
+def test_r10_every_broken_image_is_named_with_its_index(zoo, trials):
+    root, bad = zoo
+    files = load_data(f"images:{root}", image_size=8).train
+    places = [f"{path.parent.name}/{path.name}" for path, _ in files.samples]
+    for name in bad:
+        index = places.index(name)
+        with pytest.raises(
+            UserError, match=rf"train/{name}: cannot be decoded as an image .*\(sample {index}\)$"
+        ) as error:
+            list(files.training_batches([torch.tensor([index])], Augmentation(), 0, 0, 0))
+        assert "\n" not in str(error.value)
+        trials.passes()
+
+
+def test_r10_skipped_images_are_counted_and_replaced_by_the_same_others_every_time(zoo, trials):
+    root, bad = zoo
+    data = load_data(f"images:{root}", image_size=8, on_bad_sample="skip")
+    first, second = _seen(data.train, (0, 1))
+    assert data.bad_samples == len(bad)
+    assert {Path(reason.split(":")[0]).name for reason in data.train.bad.found.values()} == {Path(n).name for n in bad}
+    assert len(first) == len(second) == len(data.train)
+    again = load_data(f"images:{root}", image_size=8, on_bad_sample="skip")
+    assert torch.equal(_seen(again.train, workers=2)[0], first)
+    assert not torch.equal(first, second)
+    assert sum(len(y) for _, y in data.train.evaluation_batches(50, 0)) == len(data.train) - len(bad)
+    trials.passes(len(bad))
+
+
+def test_r10_more_than_one_per_cent_stop_and_the_policy_is_checked(zoo, tmp_path):
+    root, bad = zoo
+    shutil.copytree(root, tmp_path / "zoo")
+    (tmp_path / "zoo/train/dog/090.png").write_bytes(b"one more")
+    data = load_data(f"images:{tmp_path / 'zoo'}", image_size=8, on_bad_sample="skip")
+    total = len(data.train)
+    with pytest.raises(
+        UserError, match=rf"{len(bad) + 1} of {total:,} samples cannot be read, more than 1%; the last: .*\.png"
+    ):
+        _seen(data.train)
+    with pytest.raises(UserError, match="on_bad_sample must be 'error' or 'skip', got 'ignore'"):
+        load_data(f"images:{root}", on_bad_sample="ignore")
+
+
+def test_r10_a_bomb_costs_no_memory(zoo, trials):
+    """20,000 x 20,000 pixels in 50 kB: refused by the header, in a process that may grow by 1 GB at most."""
+    root, _ = zoo
+    code = (
+        "import resource, sys, pathlib; from mgic.data.images import open_image; from mgic.errors import UserError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: open_image(pathlib.Path(sys.argv[1]))\n"
+        "except UserError as error: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)"
+    )
+    bomb = str(root / "train/dog/000.png")
+    done = subprocess.run([sys.executable, "-c", code, bomb], capture_output=True, text=True, check=True)
+    kilobytes, said = done.stdout.split(" ", 1)
+    assert re.match(r".*000\.png: cannot be decoded as an image \(Image size \(400000000 pixels\) exceeds limit", said)
+    assert int(kilobytes) < 1_000_000
+    trials.passes(1, megabytes=int(kilobytes) / 1024)
+
+
+def test_r10_a_picture_is_turned_as_its_exif_data_say_and_16_bits_are_scaled(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    turns = {1: pixels, 3: np.rot90(pixels, 2), 6: np.rot90(pixels, -1), 8: np.rot90(pixels, 1)}
+    for orientation, expected in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        assert (np.asarray(open_image(tmp_path / "a.png")) == expected).all()
+        with Image.open(tmp_path / "a.png") as file:
+            assert size_of(file) == expected.shape[:2]
+    deep = np.array([[0, 128, 257, 0x8000, 0xFFFF]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.asarray(open_image(tmp_path / "deep.png"))[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float\.tif: cannot be decoded .*floating-point numbers"):
+        open_image(tmp_path / "float.tif")
+
+
+def test_r10_the_summary_of_a_run_counts_what_was_skipped(zoo, tmp_path):
+    def colour():
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+
+    root, bad = zoo
+    data = load_data(f"images:{root}", image_size=8, on_bad_sample="skip")
+    recipe = replace(RECIPE, batch_size=64, epochs=1, crop_padding=0, data_args={"on_bad_sample": "skip"})
+    summary = train(recipe, colour, data, tmp_path / "run", progress=False)
+    assert summary.bad_samples == len(bad)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["bad_samples"] == len(bad)
 
 
 def test_r11_wrong_folders_are_one_line(folder, tmp_path):

@@ -156,7 +156,7 @@ def test_every_weight_and_every_input_matters(make):
     assert (x.grad.abs().sum(0) > 0).all()
 
 
-def test_the_blocks_of_a_multigrid_net_couple_all_channels():
+def test_r16_the_blocks_of_a_multigrid_net_couple_all_channels():
     block = multigrid_block(group_size=8, coarsest=8)(64, 64, 4)
     assert isinstance(block, MGICBlock)
     assert [level.channels for level in block.levels] == [64, 32, 16, 8]

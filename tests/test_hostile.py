@@ -3,7 +3,6 @@
 The attacker writes checkpoints, weights, configurations, archives and whole run folders, checksums included.
 """
 
-import ast
 import gzip
 import hashlib
 import json
@@ -329,27 +328,6 @@ def test_r5_a_tensor_that_lies_about_its_storage_is_refused(tmp_path):
         _signed(path)
         with pytest.raises(CorruptCheckpoint):
             load_checkpoint(path)
-
-
-def test_r5_the_package_never_unpickles_and_never_evaluates_text():
-    """By syntax tree: no call of eval, exec, pickle.load(s), yaml.load, and no torch.load that is not restricted."""
-    found = []
-    for file in sorted(Path(mgic.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func)
-            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if (
-                name in {"eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "__import__"}
-                or name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-                or options.get("weights_only") == "False"
-                or options.get("allow_pickle", "False") != "False"
-                or (name == "torch.load" and options.get("weights_only") != "True")
-                or (name == "np.load" and options.get("allow_pickle") != "False")
-            ):
-                found.append(f"{file.name}:{node.lineno}: {name}")
-    assert found == []
 
 
 # R6: names and configurations that point elsewhere. Everything is tried in one place whose files must not change.

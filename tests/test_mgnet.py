@@ -367,7 +367,7 @@ def coupled_share(smooth):
 
 @pytest.mark.parametrize(("pre", "post"), [(1, 1), (1, 0), (0, 1)])
 @pytest.mark.parametrize("coarsest", [1, 4, 16])
-def test_smoothing_in_channels_couples_every_pair_of_channels(coarsest, pre, post):
+def test_r16_smoothing_in_channels_couples_every_pair_of_channels(coarsest, pre, post):
     assert coupled_share(SmoothingInChannels(64, coarsest if coarsest < 4 else 4, coarsest, pre, post)) == 1
 
 
@@ -496,7 +496,7 @@ def test_where_the_coarse_grid_starts_matters_only_if_its_features_are_prolonged
 
 
 @small
-def test_a_shared_operator_is_saved_once_and_stays_shared(name, overrides, tmp_path):
+def test_r34_a_shared_operator_is_saved_once_and_stays_shared(name, overrides, tmp_path):
     """Each weight has one name: nothing is saved, averaged or exported twice."""
     model = mgic.create_model(name, **overrides).eval()
     named = dict(model.named_parameters(remove_duplicate=False))

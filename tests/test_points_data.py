@@ -273,7 +273,7 @@ def test_broken_hdf5_files_are_refused_by_name(tmp_path, fault):
         load_data(f"modelnet:{tmp_path}", points=50)
 
 
-def test_a_folder_without_clouds_says_what_is_expected(tmp_path):
+def test_r11_a_folder_without_clouds_says_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"expected CLASS/train/\*.off, .* or ply_data_train\*.h5"):
         load_data(f"modelnet:{tmp_path}")
     for part in ("train", "test"):
@@ -367,7 +367,7 @@ def test_crops_and_flips_are_refused():
         clouds().check(Augmentation(flip=True))
 
 
-def test_a_missing_extra_is_one_line(monkeypatch):
+def test_r32_a_missing_extra_is_one_line(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch_geometric.transforms", None)

@@ -181,7 +181,7 @@ def test_the_multigrid_block_hands_the_graph_to_every_level(cycle):
     torch.testing.assert_close(block(x), given, rtol=0, atol=0)
 
 
-def test_every_channel_reaches_every_channel_of_an_mgic_block_on_a_graph():
+def test_r16_every_channel_reaches_every_channel_of_an_mgic_block_on_a_graph():
     graph = differential_operators(cloud(1, 15), 4)
     block = settled(MGICBlock(lambda c, g: DiffConv(c, c, g, act=nn.Softplus), 32, 4, 4, scheme=POINTS))
     x = torch.randn(1, 32, 15, dtype=torch.float64)

@@ -1,9 +1,14 @@
 """A published folder gives back the run's outputs bit for bit, in a process that knows nothing of the run."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -72,7 +77,7 @@ def test_a_converted_network_comes_back_bit_for_bit(tmp_path):
     assert "library_name: mgic" in (tmp_path / "hub/README.md").read_text()
 
 
-def test_weights_with_two_names_are_written_under_both(classifier, tmp_path):
+def test_r34_weights_with_two_names_are_written_under_both(classifier, tmp_path):
     """safetensors refuses tensors that share memory, and timm wants every name when it loads."""
     model = mgic.create_model("resnet20", num_classes=3, in_chans=1).eval()
     model.stages[0][1] = model.stages[0][2]
@@ -191,11 +196,16 @@ def test_what_gives_other_outputs_is_not_published(classifier, tmp_path, monkeyp
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"library": "mgic", "schema": 2}))
+    foreign = {"library": "mgic", "schema": 2, "architecture": "function_net", "model_args": {}}
+    (tmp_path / "config.json").write_text(json.dumps(foreign))
+    with pytest.raises(UserError, match=r"half a published network: model\.safetensors is missing"):
+        from_pretrained(tmp_path)
+    save_weights(tmp_path / "model.safetensors", mgic.create_model("function_net", c_max=32))
     with pytest.raises(UserError, match="of schema 2; this version of mgic reads 1"):
         from_pretrained(tmp_path)
     config = {"library": "mgic", "schema": 1, "architecture": "function_net", "model_args": {"c_max": 32}}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
     save_weights(tmp_path / "model.safetensors", mgic.create_model("function_net", c_max=64))
     with pytest.raises(UserError, match=r"its weights do not fit function_net: .* there, .* here"):
         from_pretrained(tmp_path)
@@ -207,6 +217,103 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no folder, and not to be had from the hub"):
         from_pretrained(tmp_path / "absent/folder/of/nobody")
+
+
+class _Silent(BaseHTTPRequestHandler):
+    """A hub that is there and does not work: counts what it is asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.send_error(503)
+
+    do_HEAD = do_GET  # noqa: N815 - the base class asks for this name
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def broken_hub(monkeypatch):
+    """`from_pretrained` asks a server of this process that answers 503, and keeps its copies in a folder of the test."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Silent)
+    _Silent.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def _through(monkeypatch, cache, endpoint):
+    fetch = partial(publishing.snapshot_download, cache_dir=cache, endpoint=endpoint)
+    monkeypatch.setattr(publishing, "snapshot_download", fetch)
+
+
+def _cached(cache, folder):
+    """The hub's folder of copies, with one of ``me/net`` in it."""
+    place = cache / "models--me--net"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("a" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+
+
+def test_r33_a_hub_that_does_not_work_is_one_line_after_few_requests(broken_hub, tmp_path, monkeypatch, trials):
+    _through(monkeypatch, tmp_path / "cache", broken_hub)
+    with pytest.raises(UserError, match="me/net: no folder, and not to be had from the hub") as error:
+        from_pretrained("me/net")
+    assert "\n" not in str(error.value)
+    assert 1 <= len(_Silent.asked) <= 10
+    trials.passes(requests=len(_Silent.asked))
+
+
+def test_r33_the_copy_at_hand_is_used_where_the_hub_is_down_or_forbidden(classifier, broken_hub, tmp_path, monkeypatch):
+    publish(classifier, tmp_path / "hub")
+    _cached(tmp_path / "cache", tmp_path / "hub")
+    expected = load_network(classifier, mgic.create_model).model
+    x = torch.randn(2, 1, 8, 8)
+    _through(monkeypatch, tmp_path / "cache", broken_hub)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained("me/net")(x), expected(x))
+        assert len(_Silent.asked) <= 10
+        _Silent.asked.clear()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert torch.equal(from_pretrained("me/net")(x), expected(x))
+    assert _Silent.asked == []
+    with pytest.raises(UserError, match="me/other: no folder, and not to be had from the hub"):
+        from_pretrained("me/other")
+    assert _Silent.asked == []
+
+
+@pytest.mark.parametrize("library", ["timm", "mgic"])
+def test_r33_half_a_download_and_a_wrong_checksum_are_refused(classifier, library, tmp_path, trials):
+    if library == "timm":
+        publish(classifier, tmp_path / "hub")
+    else:
+        (tmp_path / "hub").mkdir()
+        model = mgic.create_model("function_net", c_max=32)
+        save_weights(tmp_path / "hub/model.safetensors", model)
+        config = {"library": "mgic", "schema": 1, "architecture": "function_net", "model_args": {"c_max": 32}}
+        (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path / "hub") is not None
+    weights = tmp_path / "hub/model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors: corrupt checkpoint .* sha256"):
+            from_pretrained(tmp_path / "hub")
+        trials.passes()
+    weights.unlink()
+    with pytest.raises(UserError, match=r"half a published network: model\.safetensors is missing; fetch it again"):
+        from_pretrained(tmp_path / "hub")
+    weights.write_bytes(whole)
+    for config in ("{", "[]", "{}", '{"architecture": 3}', '{"architecture": "resnet20", "model_args": [1]}'):
+        (tmp_path / "hub/config.json").write_text(config)
+        with pytest.raises(UserError, match=r"config\.json"):
+            from_pretrained(tmp_path / "hub")
+    (tmp_path / "hub/config.json").write_text('{"architecture": "../../x", "library": "timm"}')
+    with pytest.raises(UserError, match="there is no model"):
+        from_pretrained(tmp_path / "hub")
 
 
 class _Hub:
@@ -230,7 +337,9 @@ def test_the_folder_is_uploaded_as_it_is_and_a_refusal_is_one_line(classifier, t
     monkeypatch.setattr(publishing, "HfApi", lambda: hub)
     to = ["--to", str(tmp_path / "hub"), "--push"]
     assert main(["publish", str(classifier), *to, "me/net"]) == 0
-    assert hub.sent == [("me/net", ["README.md", "config.json", "model.safetensors", "recipe.yaml"])]
+    assert hub.sent == [
+        ("me/net", ["README.md", "config.json", "model.safetensors", "model.safetensors.sha256", "recipe.yaml"])
+    ]
     assert "https://hub/me/net/commit/1" in capsys.readouterr().out
     for error in (ConnectionError("no network"), publishing._HUB_ERRORS[0]("no route")):
         hub.refuses = error

@@ -344,6 +344,7 @@ def spoil(folder, what):
     changes = {
         "no mask": mask.unlink,
         "label 12": lambda: Image.fromarray(np.full((24, 32), 12, np.uint8)).save(mask),
+        "no label": lambda: Image.fromarray(np.full((24, 32), 3, np.uint8)).save(mask),
         "colours": lambda: Image.new("RGB", (32, 24)).save(mask),
         "deep": lambda: Image.fromarray(np.full((24, 32), 300, np.uint16)).save(mask),
         "another size": lambda: Image.new("L", (30, 24)).save(mask),
@@ -364,10 +365,11 @@ def spoil(folder, what):
         ("another size", r"train/labels/3\.png: is 24x30, its image .*3\.png is 24x32"),
         ("one pixel", r"train/images/3\.png: is 1x1; at least 8x8 pixels are needed"),
         ("no image", r"train/images/3\.png: cannot be decoded as an image"),
+        ("no label", r"train/labels/3\.png: label 3, but 3 classes are 0"),
         ("half a mask", r"train/labels/3\.png: cannot be decoded as a mask"),
     ],
 )
-def test_bad_files_are_one_line_that_names_the_file(folder, what, message):
+def test_r12_bad_files_and_labels_are_one_line_that_names_the_file(folder, what, message):
     spoil(folder, what)
     with pytest.raises(UserError, match=message) as error:
         batches(load(folder), workers=2 if what == "label 12" else 0)
@@ -393,7 +395,7 @@ def test_wrong_arguments_are_refused_with_their_values(folder, arguments, messag
         load(folder, **arguments)
 
 
-def test_folders_without_images_and_missing_sets_say_what_is_expected(folder, tmp_path):
+def test_r11_folders_without_images_and_missing_sets_say_what_is_expected(folder, tmp_path):
     for file in (folder / "test/images").iterdir():
         file.unlink()
     with pytest.raises(UserError, match=r"test/images; expected images; found nothing"):
@@ -402,6 +404,31 @@ def test_folders_without_images_and_missing_sets_say_what_is_expected(folder, tm
         load_data("camvid", tmp_path / "nothing")
     with pytest.raises(UserError, match=r"cityscapes: not found in .*leftImg8bit/train/CITY/"):
         load_data("cityscapes", tmp_path / "nothing")
+
+
+def test_r10_pairs_that_cannot_be_read_are_skipped_and_counted_where_asked(tmp_path, trials):
+    """One has no readable header, so it is left out from the start; of another half the pixels are missing."""
+    for k in range(200):
+        write_pair(tmp_path / "train", f"{k:03}", 12, 16, k)
+    write_pair(tmp_path / "val", "0", 12, 16)
+    (tmp_path / "train/images/003.png").write_bytes(b"text")
+    mask = tmp_path / "train/labels/090.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"train/images/003\.png: cannot be decoded as an image"):
+        load(tmp_path)
+    data = load(tmp_path, on_bad_sample="skip")
+    assert (len(data.train), data.bad_samples) == (199, 1)
+    whole = [torch.arange(199)]
+    ((images, _),) = data.train.training_batches(whole, Augmentation(), 0, 0, 0)
+    assert (len(images), data.bad_samples) == (199, 2)
+    ((again, _),) = load(tmp_path, on_bad_sample="skip").train.training_batches(whole, Augmentation(), 0, 0, 2)
+    assert torch.equal(images, again)
+    assert sum(len(x) for x, _ in data.train.evaluation_batches(50, 0)) == 198
+    write_label = Image.fromarray(np.full((12, 16), 7, np.uint8))
+    write_label.save(tmp_path / "train/labels/100.png")
+    with pytest.raises(UserError, match=r"100\.png: label 7, but 3 classes"):  # a wrong label is no bad sample
+        list(data.train.training_batches(whole, Augmentation(), 0, 0, 0))
+    trials.passes(2)
 
 
 def test_overlays_tint_classes_by_their_colours_and_leave_void_alone():

@@ -5,12 +5,12 @@ size is counted in ``test_networks.py``.
 """
 
 import copy
-import fnmatch
 import math
 
 import pytest
 import timm
 import torch
+from families import small
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -19,32 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import mgic
 from mgic import UserError
 
-SMALL = {
-    "*resnet20": {"depth": 8},
-    "*resnet32": {"depth": 8},
-    "*resnet44": {"depth": 8},
-    "*resnet56": {"depth": 8},
-    "*resnet110": {"depth": 8},
-    "mgic_resnet18": {"repeats": (1, 1, 1, 1), "width": 0.25, "group_size": 8, "coarsest": 32},
-    "mgic_resnet34": {"repeats": (1, 1, 2, 1), "width": 0.25, "group_size": 8, "coarsest": 32},
-    "mgic_resnet50": {"repeats": (1, 1, 1, 1), "width": 0.25, "group_size": 8, "coarsest": 32},
-    "mgic_resnet101": {"repeats": (1, 1, 2, 1), "width": 0.25, "group_size": 8, "coarsest": 32},
-    "mgic_wide_resnet50_2": {"repeats": (1, 1, 1, 1), "width": 0.25, "group_size": 8, "coarsest": 32},
-    "mgic_mobilenetv3_*": {"width": 0.35, "group_size": 8, "coarsest": 32},
-    "mg_resnet_cifar": {"repeats": (1, 1, 1, 1), "group_size": 8},
-    "mg_resnet34": {"channels": (16, 32, 64, 128), "repeats": (1, 1, 1, 1), "group_size": 8, "coarsest": 16},
-    "mg_mobilenetv2": {"width": 0.35, "group_size": 8, "coarsest": 64},
-    "mg*18": {"channels": (8, 16, 32, 32)},
-    "mgiad18": {"channels": (8, 16, 32, 32), "coarsest": 8, "group_size": 4},
-}
-"""The first pattern that matches gives a network's small version; a network that none matches is tested as it is."""
-
 models = pytest.mark.parametrize("name", [name for name in mgic.list_models() if timm.is_model(name)])
-
-
-def small(name, **overrides):
-    size = next((size for pattern, size in SMALL.items() if fnmatch.fnmatch(name, pattern)), {})
-    return timm.create_model(name, **{**size, **overrides})
 
 
 def side(name):

@@ -4,11 +4,13 @@ import csv
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,13 +29,14 @@ from mgic.training import (
     NonFiniteLoss,
     Recipe,
     evaluate,
+    load_network,
     load_run,
     make_record,
     read_record,
     train,
     write_record,
 )
-from mgic.training.checkpoint import newest_checkpoint
+from mgic.training.checkpoint import newest_checkpoint, read_recipe
 from mgic.training.loop import average_
 from mgic.training.records import training_metrics
 
@@ -326,7 +329,7 @@ def test_what_does_not_fit_together_is_one_error_before_training(tmp_path, recip
         train(recipe, build, stripes(), tmp_path / "run", accelerator=accelerator)
 
 
-def test_other_library_versions_at_resume_are_told(tmp_path, monkeypatch):
+def test_r29_other_library_versions_at_resume_are_told(tmp_path, monkeypatch):
     from mgic.training import loop
 
     class Stop(Exception):  # noqa: N818
@@ -353,7 +356,7 @@ def test_a_progress_bar_is_shown_on_request_and_never_on_a_pipe(tmp_path, capsys
     assert "8/8" in shown
 
 
-def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
+def test_r32_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
     from mgic.training import outside
 
     monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: None)
@@ -699,3 +702,44 @@ def test_a_commit_is_that_of_this_package_and_of_nobody_else(tmp_path, monkeypat
     (tmp_path / "mgic" / "training").mkdir(parents=True)
     (tmp_path / "mgic" / "training" / "records.py").write_text("")
     assert records.commit() == {"id": None, "dirty": None}
+
+
+# Runs of earlier releases
+
+RELEASES = sorted((Path(__file__).parent / "data").glob("run-*"))
+
+
+def closed_form(*shape):
+    """Numbers that no generator has made: the same on every machine and in every version."""
+    count = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return torch.sin(0.37 * count + 0.01 * count.square() % 1).view(shape)
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_r29_an_unfinished_run_of_every_release_loads_and_gives_the_same_logits(release, trials):
+    assert sum(file.stat().st_size for file in release.rglob("*")) < 2**20
+    network = load_network(release, mgic.create_model)
+    with torch.no_grad():
+        found = network.model.double()(closed_form(3, 1, 8, 8))
+    expected = torch.tensor(json.loads((release / "logits.json").read_text()), dtype=torch.float64)
+    difference = float((found - expected).abs().max())
+    assert difference <= 1e-6
+    trials.passes(difference=difference)
+
+
+@pytest.mark.filterwarnings("ignore:continuing a run of other versions")
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_r29_an_unfinished_run_of_every_release_goes_on(release, tmp_path):
+    shutil.copytree(release, tmp_path / "run")
+    (tmp_path / "run/logits.json").unlink()
+    recipe, data = read_recipe(tmp_path / "run"), stripes()
+    arguments = {**data.model_arguments(), **recipe.model_args}
+    summary = train(
+        recipe, lambda: mgic.create_model(recipe.model, **arguments), data, tmp_path / "run", progress=False
+    )
+    assert (summary.resumed_from, summary.steps) == (8, 16)
+    assert len(summary.history) == 2
+
+
+def test_r29_this_release_has_a_run_to_be_kept():
+    assert f"run-{mgic.__version__}" in {path.name for path in RELEASES}

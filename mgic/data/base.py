@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import signal
+import struct
 import sys
 import threading
 import time
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -196,6 +203,12 @@ class Data:
         normalize = self.normalizer(torch.device("cpu"))
         return [(normalize(x), y) for x, y in split.training_batches(chosen, Augmentation(), 0, 0, 0)]
 
+    @property
+    def bad_samples(self) -> int:
+        """Training samples that could not be read so far; others were taken instead. 0 where that is an error."""
+        bad = getattr(self.train, "bad", None)
+        return len(bad.found) if isinstance(bad, BadSamples) else 0
+
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell this data set from another: a resumed run must find the same ones."""
         return {
@@ -212,6 +225,50 @@ class Data:
         }
 
 
+class BadSample(UserError):  # noqa: N818  (what is wrong, not that something is)
+    """A sample that cannot be read; the message names its file."""
+
+
+MOST_BAD = 0.01
+"""Share of the samples of a split that may be skipped; more of them stop the run."""
+
+
+@dataclass
+class BadSamples:
+    """The samples of a split that could not be read, where its loader was told to skip such.
+
+    Args:
+        total: Samples of the split.
+        found: By index, why.
+    """
+
+    total: int
+    found: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def policy(cls, on_bad_sample: str, total: int) -> BadSamples | None:
+        """``skip`` gives a place to note them in, ``error`` none.
+
+        Raises:
+            UserError: It is neither.
+        """
+        if on_bad_sample not in ("error", "skip"):
+            raise UserError(f"data_args: on_bad_sample must be 'error' or 'skip', got {on_bad_sample!r}")
+        return cls(total) if on_bad_sample == "skip" else None
+
+    def note(self, index: int, reason: str) -> None:
+        """Note one.
+
+        Raises:
+            UserError: With it they are more than `MOST_BAD` of all.
+        """
+        self.found[index] = reason
+        if len(self.found) > MOST_BAD * self.total:
+            raise UserError(
+                f"{len(self.found)} of {self.total:,} samples cannot be read, more than {MOST_BAD:.0%}; the last: {reason}"
+            )
+
+
 Read = Callable[[int], tuple[Tensor, Tensor]]
 """``index -> (input, target)``; it takes its random numbers from PyTorch's generator, and raises `UserError`."""
 
@@ -222,6 +279,8 @@ def read_batches(
     key: tuple[int | str, ...],
     workers: int,
     device: torch.device | str,
+    bad: BadSamples | None = None,
+    others: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of samples that worker processes read, on ``device``.
 
@@ -234,16 +293,19 @@ def read_batches(
         key: What the random numbers depend on besides the index, e.g. ``("sample", seed, epoch)``.
         workers: Number of processes; 0 reads here.
         device: Where the batches go.
+        bad: Where samples that cannot be read (`BadSample`) are noted; None makes the first of them an error.
+        others: So many samples there are to take another from instead of such a one; which follows from ``key`` and the
+            index. With 0 it is left out.
 
     Raises:
-        UserError: ``read`` raised one.
+        UserError: ``read`` raised one, or too many samples cannot be read.
         WorkerLost: A worker died, or sent nothing for `PATIENCE` seconds. The others are ended.
     """
     # Forked workers notice within seconds when their parent was killed; those of a fork server never do.
     context = "fork" if workers and sys.platform == "linux" else None
     iterator: Any = iter(
         DataLoader(
-            _Samples(read, key),
+            _Samples(read, key, others if bad else 0),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=list,
@@ -255,11 +317,14 @@ def read_batches(
         try:
             for number in range(len(batches)):
                 samples = _next_batch(iterator, number, batches) if workers else next(iterator)
-                for sample in samples:
-                    if isinstance(sample, str):
-                        raise UserError(sample)
-                inputs, targets = zip(*samples, strict=True)
-                yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+                for place, reason, skippable in itertools.chain.from_iterable(found for _, found in samples):
+                    if bad is None or not skippable:
+                        raise UserError(f"{reason} (sample {place})" if skippable else reason)
+                    bad.note(place, reason)
+                whole = [sample for sample, _ in samples if sample is not None]
+                if whole:
+                    inputs, targets = zip(*whole, strict=True)
+                    yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
         finally:
             del iterator  # ends its processes
 
@@ -321,20 +386,37 @@ def _said_of(place: int, processes: Sequence[Any], number: int, batches: Sequenc
     )
 
 
+_Trouble = tuple[int, str, bool]
+"""Index of a sample, why it cannot be read, and whether it may be skipped."""
+
+
 @dataclass(frozen=True)
-class _Samples(Dataset[tuple[Tensor, Tensor] | str]):
-    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip."""
+class _Samples(Dataset[tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]]):
+    """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip.
+
+    Args:
+        read: Reads one sample.
+        key: What the random numbers depend on besides the index.
+        others: So many samples there are to choose another one from; 0 leaves a broken one out.
+    """
 
     read: Read
     key: tuple[int | str, ...]
+    others: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
-        # Of the CPU alone: a millisecond less a sample.
-        torch.default_generator.manual_seed(random_key(*self.key, index))
-        try:
-            return self.read(index)
-        except UserError as error:
-            return str(error)
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]:
+        place, found = index, list[_Trouble]()
+        while True:
+            # Of the CPU alone: a millisecond less a sample.
+            torch.default_generator.manual_seed(random_key(*self.key, place))
+            try:
+                return self.read(place), found
+            except UserError as error:
+                skippable = isinstance(error, BadSample)
+                found.append((place, str(error), skippable))
+            if not skippable or not self.others or len(found) == 100:  # all of them bad: too many for any run
+                return None, found
+            place = random_key("instead", *self.key, index, len(found)) % self.others
 
 
 def in_order(length: int, batch_size: int) -> list[list[int]]:
@@ -345,6 +427,74 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
         [[0, 1], [2, 3], [4]]
     """
     return [list(range(i, min(i + batch_size, length))) for i in range(0, length, batch_size)]
+
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What readers of other libraries have been seen to raise for damaged files (``tests/test_fuzz.py``)."""
+
+MOST_SQUEEZED = 1100
+"""Bytes that a byte of a file can stand for: deflate reaches 1,032."""
+
+
+def check_announced(path: Path, announced: int) -> None:
+    """Refuse to make room for more than a file can hold.
+
+    Raises:
+        ValueError: The array it announces is larger.
+    """
+    size = path.stat().st_size
+    if announced > MOST_SQUEEZED * size:
+        raise ValueError(f"an array of {announced:,} bytes is announced in a file of {size:,}")
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of an ``.npz`` file by name; that of an ``.npy`` file is called ``points``.
+
+    Raises:
+        UserError: The file is damaged, or none of these; the message names it.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                file.seek(0)
+                _check_header(path, file)
+                file.seek(0)
+                return {"points": np.load(file, allow_pickle=False)}
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                for name in archive.zip.namelist():
+                    with archive.zip.open(name) as member:
+                        _check_header(path, member)
+                return {name: archive[name] for name in archive.files}
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())})") from error
+
+
+def _check_header(path: Path, file: Any) -> None:
+    versions: dict[Any, Any] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(file)
+    if version not in versions:
+        raise ValueError(f"version {version} of NumPy's format is not known")
+    shape, _, dtype = versions[version](file)
+    check_announced(path, math.prod(shape) * dtype.itemsize)
 
 
 def missing(what: str, folder: Path, expected: Sequence[str]) -> UserError:

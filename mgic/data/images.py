@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, Data, Share, in_order, missing, random_key, read_batches
+from .base import (
+    UNREADABLE,
+    WHOLE,
+    Augmentation,
+    BadSample,
+    BadSamples,
+    Data,
+    Share,
+    in_order,
+    missing,
+    random_key,
+    read_arrays,
+    read_batches,
+)
 from .tasks import classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -120,11 +134,13 @@ class ImageFiles:
         samples: Path (or open file) and label of each image.
         size: Height and width of the network's input, in pixels.
         device: Where batches go.
+        bad: Where images that cannot be read are noted; None makes them an error.
     """
 
     samples: Sequence[tuple[Any, int]]
     size: int
     device: torch.device | str = "cpu"
+    bad: BadSamples | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -164,14 +180,16 @@ class ImageFiles:
         transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(self.size, antialias=True), flip])
         key = ("sample", augmentation.seed, epoch)
         read = partial(_read_image, self.samples, transform)
-        return read_batches(read, [share.of(b).tolist() for b in batches], key, workers, self.device)
+        return read_batches(
+            read, [share.of(b).tolist() for b in batches], key, workers, self.device, self.bad, len(self)
+        )
 
     def evaluation_batches(
         self, batch_size: int, workers: int, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The centres of the images; see `centre_crop`."""
         read = partial(_read_image, self.samples, partial(centre_crop, self.size))
-        return read_batches(read, share.turns(in_order(len(self), batch_size)), (), workers, self.device)
+        return read_batches(read, share.turns(in_order(len(self), batch_size)), (), workers, self.device, self.bad)
 
 
 def _read_image(
@@ -182,18 +200,60 @@ def _read_image(
 
 
 def open_image(path: Path | IO[bytes]) -> Any:
-    """Decode an image file as an RGB picture of Pillow.
+    """Decode an image file as an RGB picture of Pillow, turned as its EXIF data say.
 
     Raises:
-        UserError: It cannot be decoded.
+        BadSample: It cannot be decoded, or has more pixels than Pillow takes for an honest image (89 million).
+    """
+    from PIL import ImageOps
+
+    with opened(path, "an image") as file:
+        return _rgb(ImageOps.exif_transpose(file))
+
+
+@contextmanager
+def opened(path: Path | IO[bytes], what: str) -> Iterator[Any]:
+    """An image file opened by Pillow; what goes wrong with it becomes one line that names it.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+
+    Raises:
+        BadSample: It cannot be opened, or whatever the block does with it fails.
     """
     from PIL import Image
 
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be decoded as an image ({error}); remove or replace it") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                yield file
+    except (*UNREADABLE, *bombs) as error:
+        reason = " ".join(str(error).split()).replace(repr(str(path)), "it")
+        raise BadSample(f"{path}: cannot be decoded as {what} ({reason}); remove or replace it") from error
+
+
+def _rgb(picture: Any) -> Any:
+    """Any mode as RGB; 16 bits are scaled to 8, where Pillow would make all but the darkest white."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nobody knows the range")
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise ValueError("its pixels are integers beyond 16 bits")
+        picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def size_of(picture: Any) -> tuple[int, int]:
+    """Height and width of an opened image, once turned as its EXIF data say; no pixel is decoded."""
+    turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return picture.size if turned else picture.size[::-1]  # type: ignore[no-any-return]
 
 
 def centre_crop(size: int, picture: Any) -> Tensor:
@@ -306,16 +366,13 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise UserError(f"data {str(path)!r}: no such file; expected an .npz with {', '.join(keys)}")
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            found = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
-            arrays = [archive[key] for key in keys if key in found]
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a readable .npz file ({error})") from error
+    found = read_arrays(path)
     absent = [key for key in keys if key not in found]
     if absent:
         raise UserError(f"{path}: {', '.join(absent)} not in the file; found {', '.join(found) or 'no array by name'}")
+    arrays = [found[key] for key in keys]
+    if any(array.ndim == 0 for array in arrays):
+        raise UserError(f"{path}: expected arrays of images and labels, got single numbers")
     train, test = len(arrays[0]), len(arrays[2])
     note = f"{path.name}: {train:,} train and {test:,} test images"
     if path.name.startswith("cifar10.") and (train < 50_000 or test < 10_000):
@@ -325,13 +382,15 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
     return _in_memory(str(path), *arrays, num_classes=num_classes, note=note)
 
 
-def folder(path: Path, download: bool, *, image_size: int = 224) -> Data:
+def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: str = "error") -> Data:
     """A folder with ``train/CLASS/*.jpg`` and ``val`` or ``test`` beside it.
 
     Args:
         path: The folder.
         download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
+        on_bad_sample: What to do about an image that cannot be decoded: ``error`` stops; ``skip`` takes another in training,
+            leaves it out in evaluation, and stops when more than 1 % of the images are so.
     """
     if type(image_size) is not int or image_size < 1:
         raise UserError(f"data_args: image_size must be a positive integer, got {image_size!r}")
@@ -347,7 +406,14 @@ def folder(path: Path, download: bool, *, image_size: int = 224) -> Data:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(f"image folder {path}: train and {test_name} differ in the classes {', '.join(odd)}")
-    splits = [ImageFiles(tuple((Path(p), label) for p, label in s.samples), image_size) for s in (train, test)]
+    splits = [
+        ImageFiles(
+            tuple((Path(p), label) for p, label in s.samples),
+            image_size,
+            bad=BadSamples.policy(on_bad_sample, len(s.samples)),
+        )
+        for s in (train, test)
+    ]
     return Data(
         name=str(path),
         train=splits[0],

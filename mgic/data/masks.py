@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, Data, Share, missing, read_batches
-from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, open_image
+from .base import WHOLE, Augmentation, BadSample, BadSamples, Data, Share, missing, read_batches
+from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, open_image, opened, size_of
 from .tasks import VOID, segmentation, whole_image
 
 LEAST_SIDE = 8
@@ -79,6 +79,7 @@ class MaskedImages:
         classes: Number of classes.
         labels: Class of each of the 256 values in a mask; `VOID` where it has none.
         device: Where batches go.
+        bad: Where images and masks that cannot be read are noted; None makes them an error.
     """
 
     pairs: tuple[Pair, ...]
@@ -86,6 +87,7 @@ class MaskedImages:
     classes: int
     labels: tuple[int, ...]
     device: torch.device | str = "cpu"
+    bad: BadSamples | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -121,7 +123,9 @@ class MaskedImages:
         self.check(augmentation)
         read = partial(_read_crop, self, 0.5 if augmentation.flip else 0.0)
         key = ("sample", augmentation.seed, epoch)
-        return read_batches(read, [share.of(b).tolist() for b in batches], key, workers, self.device)
+        return read_batches(
+            read, [share.of(b).tolist() for b in batches], key, workers, self.device, self.bad, len(self)
+        )
 
     def evaluation_batches(
         self, batch_size: int, workers: int, share: Share = WHOLE
@@ -131,7 +135,7 @@ class MaskedImages:
         for _, run in itertools.groupby(range(len(self)), lambda i: self.pairs[i].size):
             same = list(run)
             batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
-        return read_batches(partial(_read_pair, self), share.turns(batches), (), workers, self.device)
+        return read_batches(partial(_read_pair, self), share.turns(batches), (), workers, self.device, self.bad)
 
 
 def _read_pair(files: MaskedImages, index: int) -> tuple[Tensor, Tensor]:
@@ -178,15 +182,11 @@ def read_mask(path: Path, classes: int, labels: Sequence[int]) -> Tensor:
         labels: Class of each of the 256 values.
 
     Raises:
-        UserError: It cannot be decoded, has several channels or a value that is no class.
+        BadSample: It cannot be decoded.
+        UserError: It has several channels or a value that is no class.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            values, mode = np.array(file), file.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be decoded as a mask ({error}); remove or replace it") from error
+    with opened(path, "a mask") as file:
+        values, mode = np.array(file), file.mode
     if values.ndim != 2:
         raise UserError(f"{path}: a mask has one channel of labels, this image is {mode}")
     if values.max() > VOID or values.min() < 0:
@@ -202,17 +202,12 @@ def read_mask(path: Path, classes: int, labels: Sequence[int]) -> Tensor:
 
 def _pair(image: Path, mask: Path) -> Pair:
     """Check that two files belong together, by their headers."""
-    from PIL import Image
-
     if not mask.is_file():
         raise UserError(f"{image}: has no mask; expected {mask}")
     sizes = []
     for path in (image, mask):
-        try:
-            with Image.open(path) as file:
-                sizes.append((file.height, file.width))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: cannot be decoded as an image ({error}); remove or replace it") from error
+        with opened(path, "an image" if path is image else "a mask") as file:
+            sizes.append(size_of(file) if path is image else (file.height, file.width))
     if sizes[0] != sizes[1]:
         raise UserError(f"{mask}: is {sizes[1][0]}x{sizes[1][1]}, its image {image} is {sizes[0][0]}x{sizes[0][1]}")
     if min(sizes[0]) < LEAST_SIDE:
@@ -229,17 +224,35 @@ def _images(folder: Path, what: str) -> list[Path]:
     return found
 
 
-def _pairs_in(folder: Path, what: str) -> tuple[Pair, ...]:
+Paired = tuple[tuple[Pair, ...], BadSamples | None]
+"""The pairs of a split, and where those that cannot be read are noted."""
+
+
+def _paired(places: Sequence[tuple[Path, Path]], on_bad_sample: str) -> Paired:
+    """Check every pair; what has no readable header is left out where that is asked for."""
+    bad, pairs = BadSamples.policy(on_bad_sample, len(places)), []
+    for i, (image, mask) in enumerate(places, 1):
+        try:
+            pairs.append(_pair(image, mask))
+        except BadSample as error:
+            if bad is None:
+                raise
+            bad.note(-i, str(error))  # no index of a pair
+    return tuple(pairs), bad
+
+
+def _pairs_in(folder: Path, what: str, on_bad_sample: str) -> Paired:
     """``images/NAME.*`` with ``labels/NAME.png``."""
     for part in ("images", "labels"):
         if not (folder / part).is_dir():
             raise missing(what, folder, ["images/", "labels/"])
-    return tuple(_pair(p, folder / "labels" / f"{p.stem}.png") for p in _images(folder / "images", what))
+    places = [(p, folder / "labels" / f"{p.stem}.png") for p in _images(folder / "images", what)]
+    return _paired(places, on_bad_sample)
 
 
 def _data(
     name: str,
-    splits: Sequence[tuple[Pair, ...]],
+    splits: Sequence[Paired],
     classes: Sequence[str],
     labels: Sequence[int],
     crops: Crops,
@@ -247,7 +260,7 @@ def _data(
     note: str,
 ) -> Data:
     """Put a data set together; ``note`` has places for the numbers of training and test images."""
-    train, test = (MaskedImages(pairs, crops, len(classes), tuple(labels)) for pairs in splits)
+    train, test = (MaskedImages(pairs, crops, len(classes), tuple(labels), bad=bad) for pairs, bad in splits)
     return Data(
         name=name,
         train=train,
@@ -297,6 +310,7 @@ def folder(
     scale: Factor = (0.5, 2.0),
     window: Side | None = None,
     test: str = "",
+    on_bad_sample: str = "error",
 ) -> Data:
     """A folder with ``{train,val,test}/images/NAME.jpg`` (or png, ...) and ``{train,val,test}/labels/NAME.png``.
 
@@ -308,12 +322,15 @@ def folder(
         scale: Least and greatest factor by which training images are scaled.
         window: Height and width of the windows in which images are evaluated; the whole image by default.
         test: Folder that the network is judged on; ``test`` by default, ``val`` where there is none.
+        on_bad_sample: What to do about an image or a mask that cannot be decoded: ``error`` stops; ``skip`` takes another in
+            training, leaves it out in evaluation, and stops when more than 1 % of the pairs are so.
     """
     named = [f"class {i}" for i in range(classes)] if type(classes) is int else classes
     if not (isinstance(named, list | tuple) and named and all(isinstance(c, str) for c in named)):
         raise UserError(f"data_args: classes must be their names or their number, got {classes!r}")
     note = f"images and masks of {root.name}"
-    return _folder(root, root.name, named, test, _crops(crop_size, scale), inference(window), note)
+    crops = _crops(crop_size, scale)
+    return _folder(root, root.name, named, test, crops, inference(window), note, on_bad_sample)
 
 
 def camvid(
@@ -324,6 +341,7 @@ def camvid(
     scale: Factor = (0.5, 2.0),
     window: Side | None = None,
     test: str = "test",
+    on_bad_sample: str = "error",
 ) -> Data:
     """CamVid in ``root/camvid``, laid out as `folder`: eleven classes in the order of Badrinarayanan et al. 2017.
 
@@ -334,8 +352,10 @@ def camvid(
         scale: See `folder`.
         window: See `folder`.
         test: ``test`` or ``val``.
+        on_bad_sample: See `folder`.
     """
-    return _folder(root / "camvid", "camvid", list(CAMVID), test, _crops(crop_size, scale), inference(window), "CamVid")
+    crops, place = _crops(crop_size, scale), root / "camvid"
+    return _folder(place, "camvid", list(CAMVID), test, crops, inference(window), "CamVid", on_bad_sample)
 
 
 def _folder(
@@ -346,13 +366,14 @@ def _folder(
     crops: Crops,
     infer: Callable[[nn.Module, Tensor], Tensor],
     note: str,
+    on_bad_sample: str,
 ) -> Data:
     test = test or ("test" if (root / "test").is_dir() else "val")
     parts = ("train", test)
     if not all((root / part).is_dir() for part in parts):
         raise missing(name, root, [f"{part}/images/, {part}/labels/" for part in parts])
-    splits = [_pairs_in(root / part, f"{name}, {part}") for part in parts]
-    sizes = sorted({pair.size for pairs in splits for pair in pairs})
+    splits = [_pairs_in(root / part, f"{name}, {part}", on_bad_sample) for part in parts]
+    sizes = sorted({pair.size for pairs, _ in splits for pair in pairs})
     size = f"{sizes[0][1]}x{sizes[0][0]}" if len(sizes) == 1 else f"of {len(sizes)} sizes"
     return _data(
         name, splits, classes, _AS_THEY_ARE, crops, infer, f"{note}, {size}: {{:,}} train and {{:,}} {test} images"
@@ -366,6 +387,7 @@ def cityscapes(
     crop_size: Side = (769, 769),
     scale: Factor = (0.5, 2.0),
     window: Side | None = None,
+    on_bad_sample: str = "error",
 ) -> Data:
     """Cityscapes as it is distributed: ``leftImg8bit/{train,val}/CITY`` and ``gtFine/{train,val}/CITY``, judged on ``val``.
 
@@ -378,6 +400,7 @@ def cityscapes(
         crop_size: See `folder`.
         scale: See `folder`.
         window: See `folder`.
+        on_bad_sample: See `folder`.
     """
     from torchvision.datasets import Cityscapes
 
@@ -393,11 +416,11 @@ def cityscapes(
         folder = root / "leftImg8bit" / part
         if not folder.is_dir():
             raise missing("cityscapes", root, [f"leftImg8bit/{part}/CITY/", f"gtFine/{part}/CITY/"])
-        pairs = []
+        places = []
         for image in _images(folder, f"cityscapes, {part}"):
             name = image.name.replace("_leftImg8bit.png", f"_gtFine_{suffix}.png")
-            pairs.append(_pair(image, root / "gtFine" / part / image.parent.name / name))
-        splits.append(tuple(pairs))
+            places.append((image, root / "gtFine" / part / image.parent.name / name))
+        splits.append(_paired(places, on_bad_sample))
     classes = [c.name for c in trained]
     note = "Cityscapes, fine annotations: {:,} train and {:,} val images"
     return _data("cityscapes", splits, classes, labels, _crops(crop_size, scale), inference(window), note)

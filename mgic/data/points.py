@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import random
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,19 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, Data, Share, in_order, missing, random_key, read_batches
+from .base import (
+    UNREADABLE,
+    WHOLE,
+    Augmentation,
+    Data,
+    Share,
+    check_announced,
+    in_order,
+    missing,
+    random_key,
+    read_arrays,
+    read_batches,
+)
 from .solids import write_solids
 from .tasks import classification
 
@@ -159,11 +170,7 @@ def _array(path: Path, suffix: str) -> Array:
             return np.array(lines, dtype=np.float64).reshape(len(lines), -1)
         except ValueError as error:
             raise UserError(f"{path}: no table of numbers ({error})") from error
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files} if suffix == ".npz" else {"points": loaded}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no readable {suffix} file ({' '.join(str(error).split())})") from error
+    arrays = read_arrays(path)
     name = "points" if "points" in arrays or len(arrays) != 1 else next(iter(arrays))
     if name not in arrays:
         raise UserError(f"{path}: no array named 'points' among {', '.join(arrays) or 'none'}")
@@ -421,11 +428,20 @@ def _hdf5_file(path: Path) -> tuple[Tensor, Tensor]:
             absent = [key for key in ("data", "label") if key not in file]
             if absent:
                 raise UserError(f"{path}: no {' and no '.join(absent)} in it; found {', '.join(file) or 'nothing'}")
+            for key in ("data", "label"):
+                check_announced(path, file[key].size * file[key].dtype.itemsize)
             clouds, labels = np.asarray(file["data"]), np.asarray(file["label"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as HDF5 ({error})") from error
-    if clouds.ndim != 3 or clouds.shape[2] < 3 or labels.size != len(clouds):
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from error
+    if clouds.ndim != 3 or clouds.shape[2] < 3 or clouds.size == 0 or labels.size != len(clouds):
         raise UserError(f"{path}: data {clouds.shape} and label {labels.shape} are not (N, points, 3) and (N,)")
+    if clouds.dtype.kind not in "fiu" or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(
+            f"{path}: data must be numbers and labels class indices from 0, got {clouds.dtype} and {labels.dtype}"
+            + (f" down to {labels.min()}" if labels.dtype.kind == "i" else "")
+        )
     points = torch.from_numpy(clouds[..., :3].astype(np.float32))
     _check_finite(points, f"{path}: cloud and point")
     return points, torch.from_numpy(labels.astype(np.int64).ravel())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cycle import checkpointed
 from ..errors import UserError
+from .inputs import check_images
 
 
 class Classifier(nn.Module):
@@ -43,6 +44,7 @@ class Classifier(nn.Module):
         # a head that does not pool has a 1x1 convolution here, one without classes the identity
         self.num_classes: int = getattr(head.fc, "out_features", getattr(head.fc, "out_channels", 0))
         self.num_features = channels[-1]
+        self.stride = reductions[-1]
         self.head_hidden_size: int = head.num_features  # type: ignore[assignment]
         self.grad_checkpointing = False
         names = ["stem", *(f"stages.{i}" for i in range(len(stages)))]
@@ -75,6 +77,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_chans, H, W) -> (N, num_classes)``."""
+        check_images(self, x, self.stride)
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -119,6 +122,7 @@ class Classifier(nn.Module):
         module = str(self.feature_info[last]["module"])
         keep = 0 if module == "stem" else int(module.removeprefix("stages.")) + 1
         self.stages = self.stages[:keep]
+        self.stride = int(str(self.feature_info[last]["reduction"]))
         if prune_head:
             self.num_classes = 0
             self.head.reset(0, pool_type="", reset_other=True)  # type: ignore[operator]

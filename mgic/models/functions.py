@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..cycle import ChannelChange, Correction, MGICBlock, Scheme, tau_correction
 from ..errors import UserError
+from .inputs import check_samples, is_traced
 from .mobilenetv3 import MGIC, InvertedBottleneck
 
 PointBlock = Callable[[int, int, int], nn.Module]
@@ -67,6 +68,9 @@ class FunctionNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the function at points."""
+        check_samples(self, x, 2, "points (N, C)")
+        if not is_traced(x) and len(x) == 0:  # an image without pixels is none for convolutions
+            return x.new_zeros(0, self.num_classes)
         y: Tensor = self.head(self.stages(self.stem(x.t()[None, :, None])))
         return y[0, :, 0].t()
 

@@ -105,6 +105,7 @@ class MgNet(Classifier):
         self.stages = self.stages[: last + 1]
         self.features = self.features[: last + 1]
         self.coarsen = self.coarsen[:last]
+        self.stride = int(str(self.feature_info[last]["reduction"]))
         if prune_head:
             self.reset_classifier(0, "")
         return take

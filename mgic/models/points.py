@@ -16,6 +16,7 @@ from ..blocks import Layer, relu
 from ..cycle import Correction, MGICBlock, Scheme, tau_correction
 from ..errors import ChannelConfigError, UserError
 from ..transfer import averaging_pair
+from .inputs import check_samples
 
 
 def nearest(x: Tensor, k: int, chunk: int = 1024) -> Tensor:
@@ -46,6 +47,7 @@ def nearest(x: Tensor, k: int, chunk: int = 1024) -> Tensor:
     if not 1 <= k <= points:
         raise UserError(f"k={k} nearest neighbours need at least {max(k, 1)} points (and k at least 1), got {points}")
     rows = x.detach().transpose(1, 2)
+    rows = rows.float() if rows.dtype.itemsize < 4 else rows  # in half precision CPUs have no distances
     found = []
     for start in range(0, points, chunk):
         some = rows[:, start : start + chunk]
@@ -63,8 +65,9 @@ def gather(x: Tensor, neighbours: Tensor) -> Tensor:
     """
     batch, points, k = neighbours.shape
     first = torch.arange(batch, device=x.device).view(-1, 1, 1) * points
-    rows = x.transpose(1, 2).reshape(batch * points, -1)
-    return rows.index_select(0, (first + neighbours).flatten()).view(batch, points, k, -1).permute(0, 3, 1, 2)
+    channels = x.shape[1]
+    rows = x.transpose(1, 2).reshape(batch * points, channels)
+    return rows.index_select(0, (first + neighbours).flatten()).view(batch, points, k, channels).permute(0, 3, 1, 2)
 
 
 TERMS = 7
@@ -300,6 +303,7 @@ class PointClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_chans, P) -> (N, num_classes)``."""
+        check_samples(self, x, 3, "points (N, C, P)")
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:

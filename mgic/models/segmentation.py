@@ -13,6 +13,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from ..blocks import BasicBlock, Layer
 from ..cycle import ChannelChange, Correction, MGICBlock, Scheme, tau_correction
 from ..errors import UserError
+from .inputs import check_images
 from .mobilenetv3 import MGIC, STEM, InvertedBottleneck, Row, activation, every_level, mgic_stages
 
 
@@ -55,6 +56,7 @@ class LRASPP(nn.Module):
                 f"LR-ASPP needs features of stride 8 and deeper ones, the backbone's strides are {reductions}"
             )
         self.backbone = backbone
+        self.stride = int(reductions[-1])
         self.low = max(i for i, reduction in enumerate(reductions[:-1]) if reduction == 8)
         self.num_classes = num_classes
         self.features = ChannelChange(channels[-1], filters, kernel_size=1, groups=1)
@@ -65,6 +67,7 @@ class LRASPP(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the logits of every pixel."""
+        check_images(self, x, self.stride)
         features = self.backbone(x)
         low, high = features[self.low], features[-1]
         pooled = high.mean((2, 3), keepdim=True) if self.pool_first else high
@@ -318,6 +321,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the logits of every pixel."""
+        check_images(self, x, 1 << len(self.down))
         skips = [self.stem(x)]
         for down in self.down:
             skips.append(down(skips[-1]))

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import struct
 import sys
@@ -645,7 +646,7 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], complaint: str)
         complaint: How the message begins where they do not fit.
 
     Raises:
-        UserError: A name or a shape differs; the first are named, and the classifier is, where it alone differs.
+        UserError: A name or a shape differs; the first ten are named, and the argument of the network that explains it.
     """
     own = model.state_dict()
     wrong = [
@@ -654,9 +655,43 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], complaint: str)
         if _size(weights.get(name)) != _size(own.get(name))
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{complaint}: {'; '.join(wrong[:3])}{more}")
+        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise UserError(f"{complaint}: {'; '.join(wrong[:LISTED])}{more}{_explanation(model, weights)}")
     model.load_state_dict(weights)
+
+
+LISTED = 10
+"""Tensors that do not fit and are named; the others are counted."""
+_LEVELS = re.compile(r"^(.*?)(?:^|\.)(?:relax|A)\.\d+\.")
+"""A tensor of one level of a multigrid block, and the block's name."""
+
+
+def _explanation(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The end of a message about weights that do not fit: the argument of the network that is another, as shapes tell."""
+    shapes, own = ({k: tuple(v.shape) for k, v in some.items()} for some in (weights, model.state_dict()))
+    common = own.keys() & shapes.keys()
+    changed = {name: (shapes[name], own[name]) for name in own if name in common and shapes[name] != own[name]}
+    odd = own.keys() ^ shapes.keys()
+    if not common:
+        return "; these are weights of another network"
+    classes = getattr(model, "num_classes", None)
+    firsts = {(there[:1], here[:1]) for there, here in changed.values()}
+    if not odd and len(firsts) == 1 and next(iter(firsts))[1] == (classes,):
+        return f"; num_classes={next(iter(firsts))[0][0]} would fit"
+    first = next((name for name, shape in own.items() if len(shape) > 1), "")
+    if not odd and list(changed) == [first] and changed[first][0][:1] == changed[first][1][:1]:
+        return f"; in_chans={changed[first][0][1]} would fit"
+    if any(len(here) == 1 and here != (classes,) for _, here in changed.values()):
+        return "; the widths are others (width, channels)"
+    blocks = {found[1] for name in odd if (found := _LEVELS.match(name))}
+    both = {found[1] for name in common if (found := _LEVELS.match(name))}
+    if blocks and blocks <= both:
+        return "; the blocks have another number of levels (coarsest)"
+    if odd:
+        return "; other layers are there (depth, repeats, or another network)"
+    if all(there[:1] == here[:1] for there, here in changed.values()):
+        return "; the groups are others (group_size)"
+    return ""
 
 
 def _size(tensor: Tensor | None) -> str:

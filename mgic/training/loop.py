@@ -64,6 +64,7 @@ class RunSummary:
         metrics: By name, ``train_loss``, ``test_loss`` and the task's others, of the final weights on all training and test
             samples, in eval mode, without augmentation. No epoch is picked by what it reaches on the test samples.
         skipped_steps: Steps left out because the loss or the gradient was not finite.
+        bad_samples: Training samples that could not be read and were skipped; see ``on_bad_sample`` of image folders.
         params: Trainable parameters.
         history: One row an epoch: ``epoch, step, lr, train_loss, test_loss``, the score on the test samples, ``seconds``.
         resumed_from: Step the last process continued from; 0 for a run in one piece.
@@ -86,6 +87,7 @@ class RunSummary:
     origin: dict[str, Any]
     data_note: str = ""  # summaries of the first version had none
     processes: int = 1
+    bad_samples: int = 0  # nor this
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the metrics among the others."""
@@ -211,7 +213,7 @@ def evaluate(
         processes: Those that evaluate together, each some of the batches.
 
     Returns:
-        ``loss``, the task's score and its other metrics, and ``samples``, how many there were.
+        ``loss``, the task's score and its other metrics, and ``samples``, how many were read.
 
     Raises:
         UserError: ``split`` is neither of the two.
@@ -221,7 +223,7 @@ def evaluate(
         raise UserError(f"split must be 'train' or 'test', got {split!r}")
     device = next(chain(model.parameters(), model.buffers())).device
     normalize, samples = data.normalizer(device), splits[split].to(device)
-    was_training, meter = model.training, data.task.meter()
+    was_training, meter, count = model.training, data.task.meter(), 0
     model.eval()
     try:
         with torch.no_grad():
@@ -229,12 +231,13 @@ def evaluate(
                 if batch is not None:
                     inputs, targets = batch
                     meter.update(data.task.infer(model, normalize(inputs)).float(), targets)
+                    count += len(targets)
                 if on_batch:
                     on_batch()
     finally:
         model.train(was_training)
     meter.sums = processes.total(meter.sums)
-    return {**meter.compute(), "samples": len(samples)}
+    return {**meter.compute(), "samples": int(processes.total(torch.tensor([count])))}
 
 
 def average_(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -619,6 +622,7 @@ class _Run:
             origin=provenance(),
             data_note=self.data.note,
             processes=self.processes.count,
+            bad_samples=self.data.bad_samples,
         )
 
 
