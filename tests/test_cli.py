@@ -329,12 +329,16 @@ def test_r32_the_extras_are_those_of_the_project():
 @pytest.mark.parametrize(
     ("package", "extra", "words"),
     [
-        ("lightning", "train", ["train", "--epochs=1", "--model=resnet20"]),
+        ("lightning", "train", ["train", "--epochs=1", "--batch_size=1", "--model=resnet20"]),
         ("matplotlib", "plots", ["figure", "mgic-3", "--out={out}/f.png"]),
         ("onnx", "onnx", ["export", "resnet20", "--to=[onnx]", "--out={out}/o"]),
         ("openvino", "openvino", ["export", "resnet20", "--to=[openvino]", "--out={out}/o"]),
         ("executorch", "executorch", ["export", "resnet20", "--to=[executorch]", "--out={out}/o"]),
-        ("torch_geometric", "points", ["train", "--data=modelnet:{out}/clouds", "--model=diffgcn", "--epochs=1"]),
+        (
+            "torch_geometric",
+            "points",
+            ["train", "--data=modelnet:{out}/clouds", "--model=diffgcn", "--epochs=1", "--batch_size=1"],
+        ),
     ],
 )
 def test_r32_commands_that_need_it_say_so_and_leave_nothing(package, extra, words, call, tiny, tmp_path, monkeypatch):

@@ -120,8 +120,8 @@ def test_files_of_points_give_their_first_three_columns(tmp_path, suffix):
         ("a.xyz", "0 0\n" * 12, r"expected numbers of shape \(points, 3 or more\)"),
         ("a.txt", "0 0 0\n" * 12 + "0 0\n", "no table of numbers"),
         ("a.txt", "x y z\n" * 12, "no table of numbers"),
-        ("a.npy", "no array", "no readable .npy file"),
-        ("a.npz", "no archive", "no readable .npz file"),
+        ("a.npy", "no array", "not a readable .npy file"),
+        ("a.npz", "no archive", "not a readable .npz file"),
         ("a.stl", "solid", "no point cloud; known are .off"),
     ],
 )
@@ -130,7 +130,7 @@ def test_broken_files_of_points_are_refused_by_name(tmp_path, name, text, messag
     with pytest.raises(UserError, match=message) as error:
         read_points(path)
     assert str(path) in str(error.value)
-    with pytest.raises(UserError, match=r"cannot be read|no readable|no point cloud"):
+    with pytest.raises(UserError, match=r"cannot be read|not a readable|no point cloud"):
         read_points(tmp_path / "absent" / name)
 
 

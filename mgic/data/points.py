@@ -148,14 +148,14 @@ def read_points(path: str | Path, least: int = 10) -> Tensor:
         raise UserError(f"{path}: expected numbers of shape (points, 3 or more), got {array.dtype} {array.shape}")
     if len(array) < least:
         raise UserError(f"{path}: {len(array)} points; at least {least} are needed to look for neighbours")
-    points = torch.from_numpy(array[:, :3].astype(np.float32))
+    points = _single(array[:, :3])
     _check_finite(points, f"{path}: point")
     return points
 
 
 def _mesh_points(path: Path) -> Tensor:
     vertices, faces = read_off(path)
-    _check_finite(torch.from_numpy(vertices), f"{path}: vertex")
+    _check_finite(_single(vertices), f"{path}: vertex")
     generator = torch.Generator().manual_seed(random_key("surface", path.name))
     try:
         return sample_surface(vertices, faces, STORED, generator)
@@ -175,6 +175,12 @@ def _array(path: Path, suffix: str) -> Array:
     if name not in arrays:
         raise UserError(f"{path}: no array named 'points' among {', '.join(arrays) or 'none'}")
     return np.asarray(arrays[name])
+
+
+def _single(array: Array) -> Tensor:
+    """As float32; what is beyond its range becomes infinite."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def _check_finite(rows: Tensor, what: str) -> None:
@@ -442,7 +448,7 @@ def _hdf5_file(path: Path) -> tuple[Tensor, Tensor]:
             f"{path}: data must be numbers and labels class indices from 0, got {clouds.dtype} and {labels.dtype}"
             + (f" down to {labels.min()}" if labels.dtype.kind == "i" else "")
         )
-    points = torch.from_numpy(clouds[..., :3].astype(np.float32))
+    points = _single(clouds[..., :3])
     _check_finite(points, f"{path}: cloud and point")
     return points, torch.from_numpy(labels.astype(np.int64).ravel())
 
