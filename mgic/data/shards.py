@@ -23,7 +23,7 @@ import numpy as np
 
 from ..cache import cache_folder
 from ..errors import UserError
-from .base import Data, missing
+from .base import BadSamples, Data, missing
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .tasks import classification
 
@@ -86,7 +86,9 @@ class ShardedImages(ImageFiles):
         return self.samples.digest()
 
 
-def folder(path: Path, download: bool, *, image_size: int = 224, num_classes: int | None = None) -> Data:
+def folder(
+    path: Path, download: bool, *, image_size: int = 224, num_classes: int | None = None, on_bad_sample: str = "error"
+) -> Data:
     """A folder of tar files, told apart by ``train`` and ``val`` (or ``test``) in their names or those of their folders.
 
     A sample has one image (jpg, png, webp, ...) and a ``cls`` file with the number of its class, or a ``json`` file with
@@ -98,6 +100,7 @@ def folder(path: Path, download: bool, *, image_size: int = 224, num_classes: in
         download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
         num_classes: Default: the largest training label plus one.
+        on_bad_sample: As of image folders.
     """
     for name, value in (("image_size", image_size), ("num_classes", 1 if num_classes is None else num_classes)):
         if type(value) is not int or value < 1:
@@ -119,8 +122,8 @@ def folder(path: Path, download: bool, *, image_size: int = 224, num_classes: in
     ]
     return Data(
         name=str(path),
-        train=ShardedImages(splits[0], image_size),
-        test=ShardedImages(splits[1], image_size),
+        train=ShardedImages(splits[0], image_size, bad=BadSamples.policy(on_bad_sample, len(splits[0]))),
+        test=ShardedImages(splits[1], image_size, bad=BadSamples.policy(on_bad_sample, len(splits[1]))),
         task=classification(classes),
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
