@@ -158,7 +158,8 @@ class Processes:
         """Those of a Lightning Fabric, which are connected here."""
         if fabric.world_size == 1:
             return ALONE
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # else each process prints a banner
+        for name in ("lightning.fabric", "lightning.pytorch"):  # either may own the banner, whichever came last
+            logging.getLogger(name).setLevel(logging.WARNING)
         fabric.launch()
         _end_with_parent()
         return cls(fabric.global_rank, fabric.world_size, fabric.device)
