@@ -428,7 +428,7 @@ LAYER = {"name": "down", "action": "conv", "group_size": 4, "coarsest": 8, "widt
         (lambda: mgic.create_model("resnet20", conversion=3), "conversion must be a mapping"),
         (
             lambda: mgic.create_model("resnet20", conversion={"layers": [], "group_size": 4}),
-            "layers say all there is to say; group_size cannot be given",
+            "layers say all there is to say; 'group_size' cannot be given",
         ),
         (lambda: Conversion(group_size=0), "group_size must be a positive integer, got 0"),
         (lambda: Conversion(coarsest=2.5), "coarsest must be a positive integer, got 2.5"),

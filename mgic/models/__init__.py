@@ -131,7 +131,7 @@ def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
     if "layers" in conversion:
         if others := sorted(set(conversion) - {"layers"}):
             raise UserError(
-                f"conversion: layers say all there is to say; {', '.join(others)} cannot be given with them"
+                f"conversion: layers say all there is to say; {', '.join(map(repr, others))} cannot be given with them"
             )
         return rebuild_(model, conversion["layers"])
     settings = Conversion.from_dict(conversion)

@@ -13,6 +13,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from ..blocks import BasicBlock, Layer
 from ..cycle import ChannelChange, Correction, MGICBlock, Scheme, tau_correction
 from ..errors import UserError
+from ..hierarchy import check_positive
 from .inputs import check_images
 from .mobilenetv3 import MGIC, STEM, InvertedBottleneck, Row, activation, every_level, mgic_stages
 
@@ -49,6 +50,7 @@ class LRASPP(nn.Module):
         self, backbone: nn.Module, num_classes: int = 19, filters: int = 128, pool_first: bool = False
     ) -> None:
         super().__init__()
+        check_positive(num_classes=num_classes, filters=filters)
         info: Any = backbone.feature_info
         reductions, channels = info.reduction(), info.channels()
         if 8 not in reductions[:-1]:
@@ -311,6 +313,7 @@ class UNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        check_positive(num_classes=num_classes, in_chans=in_chans)
         self.num_classes = num_classes
         self.stem = nn.Sequential(ChannelChange(in_chans, widths[0], groups=1), block(widths[0]))
         pairs = list(pairwise(widths))
