@@ -6,7 +6,6 @@ import hashlib
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ from .tasks import Task
 
 PATIENCE = 300.0
 """Seconds that a batch may take before the worker that reads it counts as hanging."""
-_GLANCE = 5.0
-"""Seconds between two looks at the workers while a batch is waited for."""
 
 
 class WorkerLost(Stopped):
@@ -197,22 +194,31 @@ def read_batches(
             _Samples(read, key),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=list,
+            collate_fn=_batch,
             multiprocessing_context=context,
-            timeout=min(_GLANCE, PATIENCE) if workers else 0,
         )
     )
     with _deaths_are_asked_for() if workers else nullcontext():
         try:
             for number in range(len(batches)):
-                samples = _next_batch(iterator, number, batches) if workers else next(iterator)
-                for sample in samples:
-                    if isinstance(sample, str):
-                        raise UserError(sample)
-                inputs, targets = zip(*samples, strict=True)
-                yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+                batch = _next_batch(iterator, number, batches) if workers else next(iterator)
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                inputs, targets = batch
+                yield inputs.to(device), targets.to(device)
         finally:
             del iterator  # ends its processes
+
+
+def _batch(samples: Sequence[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
+    """Stack samples where they were read: a batch on its way takes two file descriptors, not two a sample."""
+    whole = []
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+        whole.append(sample)
+    inputs, targets = zip(*whole, strict=True)
+    return torch.stack(inputs), torch.stack(targets)
 
 
 @contextmanager
@@ -228,27 +234,39 @@ def _deaths_are_asked_for() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) -> list[Any]:
+def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) -> Any:
     """Wait for batch ``number`` as long as the workers live and `PATIENCE` lasts."""
-    processes, began, trouble = iterator._workers, time.monotonic(), ""
-    while not trouble:
-        try:
-            return list(next(iterator))
-        except (RuntimeError, OSError, EOFError) as error:
-            awaited = number % len(processes)
-            if isinstance(error, ConnectionError | EOFError):  # it is dying
-                processes[awaited].join(1)
-            dead = [place for place, process in enumerate(processes) if not process.is_alive()]
-            if dead:
-                trouble = _said_of(dead[0], processes, number, batches)
-            elif "timed out" not in str(error):
-                raise
-            elif time.monotonic() - began >= PATIENCE:
-                trouble = _said_of(awaited, processes, number, batches)
-    for process in processes:  # asking them to end would take seconds each, and a hanging one does not listen
+    processes, trouble = iterator._workers, []
+    awaited = number % len(processes)
+
+    def give_up() -> None:
+        trouble.append(_said_of(awaited, processes, number, batches))
+        _end(processes)
+
+    # Not PyTorch's timeout: a worker that is stopped may owe us the rest of a batch, and that is waited for without one.
+    late = threading.Timer(PATIENCE, give_up)
+    late.daemon = True
+    late.start()
+    try:
+        return next(iterator)
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, ConnectionError | EOFError):  # it is dying
+            processes[awaited].join(1)
+        dead = [place for place, process in enumerate(processes) if not process.is_alive()]
+        if not dead:
+            raise
+        trouble.append(_said_of(dead[0], processes, number, batches))  # after what `give_up` said
+    finally:
+        late.cancel()
+    _end(processes)
+    raise WorkerLost(trouble[0])
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Kill workers: asking would take seconds each, and one that hangs does not listen."""
+    for process in processes:
         process.kill()
-        process.join(_GLANCE)
-    raise WorkerLost(trouble)
+        process.join(5)
 
 
 def _said_of(place: int, processes: Sequence[Any], number: int, batches: Sequence[Sequence[int]]) -> str:
