@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import signal
 import struct
 import sys
 import threading
-import time
 import tokenize
 import zipfile
 import zlib
@@ -31,8 +29,6 @@ T = TypeVar("T")
 
 PATIENCE = 300.0
 """Seconds that a batch may take before the worker that reads it counts as hanging."""
-_GLANCE = 5.0
-"""Seconds between two looks at the workers while a batch is waited for."""
 
 
 class WorkerLost(Stopped):
@@ -308,25 +304,38 @@ def read_batches(
             _Samples(read, key, others if bad else 0),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=list,
+            collate_fn=_batch,
             multiprocessing_context=context,
-            timeout=min(_GLANCE, PATIENCE) if workers else 0,
         )
     )
     with _deaths_are_asked_for() if workers else nullcontext():
         try:
             for number in range(len(batches)):
-                samples = _next_batch(iterator, number, batches) if workers else next(iterator)
-                for place, reason, skippable in itertools.chain.from_iterable(found for _, found in samples):
+                found, batch = _next_batch(iterator, number, batches) if workers else next(iterator)
+                for place, reason, skippable in found:
                     if bad is None or not skippable:
                         raise UserError(f"{reason} (sample {place})" if skippable else reason)
                     bad.note(place, reason)
-                whole = [sample for sample, _ in samples if sample is not None]
-                if whole:
-                    inputs, targets = zip(*whole, strict=True)
-                    yield torch.stack(inputs).to(device), torch.stack(targets).to(device)
+                if batch is not None:
+                    inputs, targets = batch
+                    yield inputs.to(device), targets.to(device)
         finally:
             del iterator  # ends its processes
+
+
+_Trouble = tuple[int, str, bool]
+"""Index of a sample, why it cannot be read, and whether it may be skipped."""
+_Pair = tuple[Tensor, Tensor]
+
+
+def _batch(samples: Sequence[tuple[_Pair | None, list[_Trouble]]]) -> tuple[list[_Trouble], _Pair | None]:
+    """Stack samples where they were read: a batch on its way takes two file descriptors, not two a sample."""
+    found = [trouble for _, troubles in samples for trouble in troubles]
+    whole = [sample for sample, _ in samples if sample is not None]
+    if not whole or not all(skippable for *_, skippable in found):
+        return found, None
+    inputs, targets = zip(*whole, strict=True)
+    return found, (torch.stack(inputs), torch.stack(targets))
 
 
 @contextmanager
@@ -342,27 +351,39 @@ def _deaths_are_asked_for() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) -> list[Any]:
+def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) -> Any:
     """Wait for batch ``number`` as long as the workers live and `PATIENCE` lasts."""
-    processes, began, trouble = iterator._workers, time.monotonic(), ""
-    while not trouble:
-        try:
-            return list(next(iterator))
-        except (RuntimeError, OSError, EOFError) as error:
-            awaited = number % len(processes)
-            if isinstance(error, ConnectionError | EOFError):  # it is dying
-                processes[awaited].join(1)
-            dead = [place for place, process in enumerate(processes) if not process.is_alive()]
-            if dead:
-                trouble = _said_of(dead[0], processes, number, batches)
-            elif "timed out" not in str(error):
-                raise
-            elif time.monotonic() - began >= PATIENCE:
-                trouble = _said_of(awaited, processes, number, batches)
-    for process in processes:  # asking them to end would take seconds each, and a hanging one does not listen
+    processes, trouble = iterator._workers, []
+    awaited = number % len(processes)
+
+    def give_up() -> None:
+        trouble.append(_said_of(awaited, processes, number, batches))
+        _end(processes)
+
+    # Not PyTorch's timeout: a worker that is stopped may owe us the rest of a batch, and that is waited for without one.
+    late = threading.Timer(PATIENCE, give_up)
+    late.daemon = True
+    late.start()
+    try:
+        return next(iterator)
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, ConnectionError | EOFError):  # it is dying
+            processes[awaited].join(1)
+        dead = [place for place, process in enumerate(processes) if not process.is_alive()]
+        if not dead:
+            raise
+        trouble.append(_said_of(dead[0], processes, number, batches))  # after what `give_up` said
+    finally:
+        late.cancel()
+    _end(processes)
+    raise WorkerLost(trouble[0])
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Kill workers: asking would take seconds each, and one that hangs does not listen."""
+    for process in processes:
         process.kill()
-        process.join(_GLANCE)
-    raise WorkerLost(trouble)
+        process.join(5)
 
 
 def _said_of(place: int, processes: Sequence[Any], number: int, batches: Sequence[Sequence[int]]) -> str:
@@ -386,12 +407,8 @@ def _said_of(place: int, processes: Sequence[Any], number: int, batches: Sequenc
     )
 
 
-_Trouble = tuple[int, str, bool]
-"""Index of a sample, why it cannot be read, and whether it may be skipped."""
-
-
 @dataclass(frozen=True)
-class _Samples(Dataset[tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]]):
+class _Samples(Dataset[tuple[_Pair | None, list[_Trouble]]]):
     """What the workers run. A broken file comes back as the text of its error: exceptions do not survive the trip.
 
     Args:
@@ -404,7 +421,7 @@ class _Samples(Dataset[tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]]):
     key: tuple[int | str, ...]
     others: int
 
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor] | None, list[_Trouble]]:
+    def __getitem__(self, index: int) -> tuple[_Pair | None, list[_Trouble]]:
         place, found = index, list[_Trouble]()
         while True:
             # Of the CPU alone: a millisecond less a sample.
