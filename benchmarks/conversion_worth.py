@@ -172,20 +172,26 @@ def draw(path: Path, record: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    metrics = record["metrics"]
-    names = [name.removesuffix(" after") for name in metrics if name.endswith(" after")]
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for i, name in enumerate(reversed(names)):
-        for key, marker in (("before", "o"), ("after", "s")):
-            one = metrics[f"{name} {key}"]
-            axes.errorbar(
-                one["mean"], i, xerr=one["std"], marker=marker, color="C0" if key == "after" else "C7", capsize=3
-            )
-    labels = [f"{name}\n{metrics[f'{name} macs']['mean'] / 1e6:.2f} M MACs" for name in reversed(names)]
-    axes.set_yticks(range(len(names)), labels, fontsize=8)
-    axes.set_xlabel("test accuracy in % (grey: before training on, blue: after); mean and std")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    metrics, times = record["metrics"], record["milliseconds"]
+    names = [name.removesuffix(" after") for name in metrics if name.endswith(" after")][::-1]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True, width_ratios=(2, 1))
+    for axes in panels:
+        for i, name in enumerate(names):
+            for key, marker, color in (("before", "o", "C7"), ("after", "s", "C0")):
+                one = metrics[f"{name} {key}"]
+                axes.errorbar(one["mean"], i, xerr=one["std"], marker=marker, color=color, capsize=3)
+        axes.grid(axis="x", alpha=0.3)
+    ends = [metrics[f"{name} after"] for name in names]
+    panels[1].set_xlim(min(m["mean"] - m["std"] for m in ends) - 0.3, max(m["mean"] + m["std"] for m in ends) + 0.3)
+    panels[0].set_xlabel("test accuracy in %: grey before training on, blue after; mean and std")
+    panels[1].set_xlabel("the same, closer")
+    labels = []
+    for name in names:
+        fastest = min(times[name.partition(", ")[0]].values())
+        counts = [metrics[f"{name} {key}"]["mean"] / 1e6 for key in ("params", "macs")]
+        labels.append(f"{name}\n{counts[0]:.2f} M parameters, {counts[1]:.2f} M MACs, {fastest:.2f} ms")
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
