@@ -684,7 +684,16 @@ def _count_xnnpack(payload: bytes) -> int:
         graph.write_bytes(payload[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
         flatbuffer._flatc_decompile(folder, str(schema), str(graph), ["--raw-binary"])
         text = graph.with_suffix(".json").read_text(encoding="utf-8")  # no JSON: it has numbers like -inf
-    return len(re.findall(r'"xnode_union_type": "XNN(?:Conv2d|DepthwiseConv2d|ConvTranspose2d)"', text))
+    nodes = re.findall(
+        r'"xnode_union_type": "XNN(Conv2d|DepthwiseConv2d|ConvTranspose2d)",\s*"xnode_union": {(.*?)}', text, re.S
+    )
+    return sum(kind != "DepthwiseConv2d" or not _is_norm(fields) for kind, fields in nodes)
+
+
+def _is_norm(fields: str) -> bool:
+    """A depthwise convolution of one pixel: what a norm becomes in XNNPACK that follows no convolution."""
+    size = dict(re.findall(r'"(kernel_height|kernel_width|group_input_channels|group_output_channels)": (\d+)', fields))
+    return len(size) == 4 and set(size.values()) == {"1"}
 
 
 def write_torch(job: Job, file: Path) -> None:

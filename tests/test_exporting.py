@@ -215,6 +215,16 @@ def test_r30_a_file_that_scores_a_point_less_than_the_network_is_rejected(made, 
     assert exporting.describe_artefact(tmp_path / "onnx.onnx")["score"] == passed.score
 
 
+@pytest.mark.skipif("executorch" not in NAMES, reason="ExecuTorch is not installed")
+def test_a_norm_that_follows_no_convolution_is_none_in_executorch(tmp_path, monkeypatch):
+    """XNNPACK makes a depthwise convolution of it; those of a converted network would count as taken-apart groups."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    made = export(model, inputs(1), tmp_path / "a.pte", format="executorch")
+    assert made.convolutions == {"expected": 2, "found": 2}
+    monkeypatch.setattr(exporting, "_is_norm", lambda fields: False)
+    assert exporting.count_executorch(tmp_path / "a.pte") == 3
+
+
 def test_int8_below_25_decibels_is_rejected_and_above_it_is_not(tmp_path):
     """A made-up runtime with noise of a known size: 24 dB fail, 26 pass."""
 
