@@ -1,6 +1,6 @@
 """Every format of a few networks: size, error, convolutions, and time beside each other; one record.
 
-    python benchmarks/export_table.py --record results/export.json
+    python benchmarks/export_table.py --record results/export.json --page docs/deploy.md
 
 Nothing else should run meanwhile. Weights are random, and int8 is calibrated on random images: sizes, convolutions and times
 do not depend on that. How well int8 does would, so its files are kept here whatever their decibels are.
@@ -20,10 +20,9 @@ from mgic.benchmarking import Network, group, run_benchmark
 from mgic.exporting import FORMATS, Rejected, export
 from mgic.training import make_record, write_record
 
-NETWORKS = (
-    *("resnet50", "mgic_resnet50:group_size=32,coarsest=32", "mgic_resnet56"),
-    "torchvision:resnet50:conversion={group_size: 32, coarsest: 64}",
-)
+NETWORKS = ("torchvision:resnet50", "torchvision:resnet50:conversion={group_size: 32, coarsest: 64}")
+
+MARKS = ("<!-- from results/export.json -->", "<!-- end -->")
 
 
 def write(network: Network, formats: list[str], folder: Path) -> list[dict]:
@@ -54,6 +53,33 @@ def write(network: Network, formats: list[str], folder: Path) -> list[dict]:
     return rows
 
 
+def markdown(record: dict) -> str:
+    """The table of the documentation: what a row's file weighs, how far it is off, and how long it takes."""
+    lines = ["| network | format | MiB | error | convolutions | ms |", "|---|---|---:|---:|---:|---:|"]
+    times = {row["network"]: row["ms"] for row in record["timings"]}
+    for row in record["artefacts"]:
+        if "file" not in row:
+            lines.append(f"| `{row['network']}` | `{row['format']}` | not exported: {row['reason']} | | | |")
+            continue
+        cells = (f"{row['bytes'] / 2**20:.1f}", f"{row['error']:.0e}", row["convolutions"]["found"])
+        lines.append(
+            f"| `{row['network']}` | `{row['format']}` | "
+            + " | ".join(map(str, cells))
+            + f" | {times[row['file']]:.0f} |"
+        )
+    lines += [f"| `{name}` | eager PyTorch | | | | {ms:.0f} |" for name, ms in times.items() if "." not in name]
+    return "\n".join(lines) + "\n"
+
+
+def insert(page: Path, table: str) -> None:
+    """Put the table into a page, between its marks."""
+    before, begin, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    assert begin
+    assert end
+    page.write_text(f"{before}{begin}\n{table}{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("networks", nargs="*", default=NETWORKS, help="as mgic bench takes them")
@@ -61,6 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.15)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--page", type=Path, help="with --record: page whose table is rewritten, docs/deploy.md")
     args = parser.parse_args()
     rows, groups = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +111,10 @@ def main() -> None:
         data = "random images, float32; random weights"
         timings = [{key: value for key, value in row.items() if key != "seconds"} for row in found.timings]
         seeds = [0] * args.rounds
-        write_record(args.record, make_record(command, data, seeds, metrics, notes, artefacts=rows, timings=timings))
+        record = make_record(command, data, seeds, metrics, notes, artefacts=rows, timings=timings)
+        write_record(args.record, record)
+        if args.page:
+            insert(args.page, markdown(record))
 
 
 if __name__ == "__main__":
