@@ -305,6 +305,7 @@ def test_a_worker_that_raises_is_no_lost_worker():
     for workers in (0, 1):
         with pytest.raises(RuntimeError, match="not a matrix"):
             list(base.read_batches(_raises, [[0]], (), workers, "cpu"))
+        assert multiprocessing.active_children() == []
 
 
 def _raises(index):

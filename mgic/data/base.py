@@ -371,6 +371,7 @@ def _next_batch(iterator: Any, number: int, batches: Sequence[Sequence[int]]) ->
             processes[awaited].join(1)
         dead = [place for place, process in enumerate(processes) if not process.is_alive()]
         if not dead:
+            _end(processes)  # the error that goes up holds on to the iterator, which would end them
             raise
         trouble.append(_said_of(dead[0], processes, number, batches))  # after what `give_up` said
     finally:
