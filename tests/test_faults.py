@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -75,10 +74,10 @@ def _train(folder, recipe, steps, kill_after, images, taught_by=None, lose=None)
         if lose and step == lose[0]:
             workers = sorted(multiprocessing.active_children(), key=lambda process: process.pid)
             folder.with_name(f"{folder.name}.workers").write_text(" ".join(str(process.pid) for process in workers))
+            if lose[4]:
+                os.kill(os.getpid(), lose[4])
             os.kill(workers[lose[1]].pid, lose[2])
             base.PATIENCE = lose[3]
-            if lose[4]:
-                threading.Timer(1, os.kill, (os.getpid(), lose[4])).start()
 
     data = load_data(str(images), image_size=8) if images else stripes()
     build, given = _rgb if images else tiny, {}

@@ -164,7 +164,7 @@ def test_a_finished_run_of_the_first_version_is_taken_as_it_is(tmp_path):
     now = json.loads((tmp_path / "summary.json").read_text())
     first = {"model", "data", "seed", "epochs", "steps", "train_accuracy", "train_loss", "test_accuracy", "test_loss"}
     first |= {"seconds_per_epoch", "skipped_steps", "params", "history", "resumed_from", "origin", "schema"}
-    assert now.keys() == first | {"data_note"}
+    assert now.keys() == first | {"data_note", "processes", "bad_samples"}
     write_json(tmp_path / "summary.json", {k: v for k, v in now.items() if k in first})
     noted = json.loads((tmp_path / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps({k: v for k, v in noted.items() if k not in ("task", "classes")}))

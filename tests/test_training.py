@@ -483,6 +483,7 @@ def test_wrong_yaml_is_one_line_that_names_key_and_value(text, message):
 
 WRONG = {
     "model": ["", 3],
+    "sync_norms": [1, "yes"],
     "model_args": [[], {1: 2}, {"a": {1, 2}}],
     "data": [""],
     "data_args": [[], {1: 2}, {"a": {1, 2}}],

@@ -186,7 +186,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise CorruptCheckpoint(path, path.stat().st_size, "a zip file, as torch.save writes it")
         file.seek(0)
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd pickles, whose end is one of the errors below
+                state = torch.load(file, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
             # Right checksum and wrong contents: not ours, perhaps hostile. torch's advice to trust it is left out.
             lines = str(error).strip().splitlines() or [type(error).__name__]
