@@ -18,6 +18,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -324,8 +325,7 @@ class RunFolder:
         try:
             _lock_file(lock.fileno())
         except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
+            owner = _owner(lock)
             lock.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
@@ -416,6 +416,16 @@ def _note_owner(lock: IO[str]) -> None:
     lock.truncate()
     lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
+
+
+def _owner(lock: IO[str]) -> str:
+    """The process that holds the lock: the winner of a race has it a moment before it has written its name."""
+    for _ in range(50):
+        lock.seek(0)
+        if name := lock.read().strip():
+            return name
+        time.sleep(0.02)
+    return "unknown"
 
 
 def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
