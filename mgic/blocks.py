@@ -79,6 +79,9 @@ class Bottleneck(nn.Module):
 
     Shape:
         ``(N, channels, *spatial)``, unchanged.
+
+    Raises:
+        ChannelConfigError: Without ``hidden``, if a quarter of ``channels`` is no whole number, or no multiple of ``groups``.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Bottleneck(nn.Module):
         conv: Layer = nn.Conv2d,
     ) -> None:
         super().__init__()
-        hidden = _quarter(channels) if hidden is None else hidden
+        hidden = _quarter(channels, groups) if hidden is None else hidden
         self.conv1 = conv(channels, hidden, 1, groups=groups, bias=False)
         self.norm1 = norm(hidden)
         self.act1 = act()
@@ -160,7 +163,7 @@ class PreActBottleneck(nn.Module):
         conv: Layer = nn.Conv2d,
     ) -> None:
         super().__init__()
-        hidden = _quarter(channels) if hidden is None else hidden
+        hidden = _quarter(channels, groups) if hidden is None else hidden
         self.norm1 = norm(channels)
         self.act1 = act()
         self.conv1 = conv(channels, hidden, 1, groups=groups, bias=False)
@@ -259,7 +262,12 @@ class LinearBlock(nn.Module):
         return self.act2(self.norm2(self.linear2(y)) + x)  # type: ignore[no-any-return]
 
 
-def _quarter(channels: int) -> int:
+def _quarter(channels: int, groups: int) -> int:
     if channels % 4:
         raise ChannelConfigError(f"a bottleneck's inner width is channels / 4: give hidden= for channels={channels}")
+    if channels // 4 % groups:
+        raise ChannelConfigError(
+            f"groups={groups} must divide a bottleneck's inner width, {channels // 4} for channels={channels}: give hidden=, "
+            "and groups are chosen that divide both"
+        )
     return channels // 4

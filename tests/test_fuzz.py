@@ -87,6 +87,7 @@ widths = st.integers(1, 70) | st.sampled_from([96, 127, 128])
     cycle=st.sampled_from([mgic.multiplicative, additive]),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
+@example(Bottleneck, 4, 1, 1, None, mgic.multiplicative, (1, 1))
 def test_r14_blocks_of_any_numbers_keep_the_shape(block, channels, group_size, coarsest, hidden, cycle, size):
     try:
         module = MGICBlock(block, channels, group_size, coarsest, hidden, scheme=Scheme(cycle=cycle)).eval()

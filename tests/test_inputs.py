@@ -5,6 +5,7 @@ The ids R17 to R22 are those of the fault table.
 
 import copy
 import os
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,7 +14,10 @@ from families import FAMILIES, FUNCTIONS, POINTS, SEGMENTATION, inputs, logits, 
 from torch import nn
 
 import mgic
+from mgic.data import load_data
+from mgic.models import build_model
 from mgic.runtime.paths import relative_error
+from mgic.training import RECIPES, train
 
 FULL = os.environ.get("MGIC_FAULTS") == "full"
 networks = pytest.mark.parametrize("name", mgic.list_models() if FULL else FAMILIES)
@@ -128,8 +132,10 @@ def test_r19_odd_and_wide_images_of_any_number_of_channels(name, trials):
 
 @networks
 def test_r20_views_give_the_same_output(name, trials):
+    """To 1e-5. Where float32 itself is further from float64 than that, to four times as far."""
     model = varied(name)
     x = inputs(name, batch=2)
+    rounding = relative_error(run(model, x), run(copy.deepcopy(model).double(), x.double()))
     doubled = torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]  # every other number of a larger tensor
     turned = x.transpose(0, -1).contiguous().transpose(0, -1)
     views = {
@@ -144,7 +150,7 @@ def test_r20_views_give_the_same_output(name, trials):
     for view, plain in views.values():
         plain = view.clone(memory_format=torch.contiguous_format) if plain is None else plain
         error = relative_error(run(model, view), run(model, plain.contiguous()))
-        assert error <= 1e-5
+        assert error <= max(1e-5, 4 * rounding)
         trials.passes(relative_error=error)
 
 
@@ -182,6 +188,31 @@ def test_r21_half_precision_is_close_and_double_precision_the_same(name, trials)
     double = error(copy.deepcopy(model).double(), x.double())
     assert double <= 1e-5
     trials.passes(float64_relative=double)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mgic_resnet20", "mgiad20"] if FULL else ["mgic_resnet20"])
+def test_r21_half_precision_changes_the_accuracy_of_a_trained_network_by_a_fifth_of_a_point_at_most(
+    name, tmp_path, trials
+):
+    data = load_data("digits")
+    recipe = replace(RECIPES["digits"], model=name, model_args={}, epochs=20 if FULL else 6)
+    model = build_model(name, {"num_classes": 10, "in_chans": 1})
+    train(recipe, lambda: model, data, tmp_path / "run", progress=False, accelerator="cpu")
+    both = [split.evaluation_batches(500, 0) for split in (data.train, data.test)]
+    inputs, labels = (torch.cat(parts) for parts in zip(*(batch for part in both for batch in part), strict=True))
+    inputs = data.normalizer(torch.device("cpu"))(inputs)
+
+    def accuracy(model, x):
+        return 100 * float((run(model.eval(), x).argmax(1) == labels).double().mean())
+
+    expected = accuracy(model, inputs)
+    assert expected > 90
+    found = [accuracy(copy.deepcopy(model).to(dtype), inputs.to(dtype)) for dtype in (torch.float16, torch.bfloat16)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(accuracy(model, inputs))
+    apart = max(abs(x - expected) for x in found)
+    assert apart <= 0.2
+    trials.passes(len(found), points=apart)
 
 
 @networks

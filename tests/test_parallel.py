@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from test_faults import PRELOADED
 from test_shards import write_both
 from tiny import RECIPE, STEPS_PER_EPOCH, stripes
@@ -243,6 +244,25 @@ def test_r25_other_data_workers_change_no_bit_of_a_run_on_shards(server, tmp_pat
     assert [[row["train_loss"], row["test_loss"]] for row in ours["progress"]["history"]] == losses_there
 
 
+def skipping(rank, folder, images):
+    data = load_data(f"images:{images}", image_size=8, on_bad_sample="skip")
+    recipe = replace(RECIPE, epochs=2, crop_padding=0, eval_batch_size=8, data_args={"on_bad_sample": "skip"})
+    train(recipe, coloured, data, folder, progress=False, accelerator="cpu")
+
+
+def test_r10_broken_images_are_counted_once_by_all_processes_together(server, tmp_path, trials):
+    root = tmp_path / "images"
+    for k in range(320):
+        path = root / ("train" if k < 300 else "val") / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (k % 256, 0, 255 * (k % 2))).save(path)
+        if k in (7, 100, 150):
+            path.write_bytes(b"broken")
+    assert finish(start(server, 2, skipping, tmp_path / "run", root)) == [0, 0]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["bad_samples"] == 3
+    trials.passes(3)
+
+
 def refused(rank, folder, recipe):
     try:
         training(rank, folder, recipe)
@@ -460,31 +480,55 @@ def environment(pid):
         return dict(word.partition("=")[::2] for word in file.read().split("\0"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_r26_the_command_starts_processes_and_ends_them_all_when_one_is_killed(tmp_path, capsys):
-    folder = tmp_path / "run"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def started(folder):
+    """``mgic train --devices 2`` after its first step: its words, the launcher, the run's processes by rank, and all."""
     words = ["train", "--recipe", "digits", "--model", "mgic_resnet20", "--batch_size", "64", "--epochs", "200"]
     words += ["--checkpoint_every", "1", "--accelerator", "cpu", "--threads", "1", "--out", str(folder)]
     command = [sys.executable, "-m", "mgic", *words, "--devices", "2"]
-    with (tmp_path / "said").open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as launcher:
-        end = time.monotonic() + HANG
-        while not list_checkpoints(folder / "checkpoints"):
-            assert launcher.poll() is None, (tmp_path / "said").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        started = descendants(launcher.pid)
-        ranks = {environment(pid).get("RANK"): pid for pid in started if "RANK" in environment(pid)}
-        assert set(ranks) == {"0", "1"}
-        os.kill(ranks["1"], signal.SIGKILL)
-        assert launcher.wait(HANG) == LostProcess.exit_code
-    assert (
-        "mgic: process 1 was ended by SIGKILL; the same command continues the run\n" in (tmp_path / "said").read_text()
-    )
-    assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
+    with folder.with_suffix(".said").open("w") as said:
+        launcher = subprocess.Popen(command, stdout=said, stderr=said)
+    end = time.monotonic() + HANG
+    while not list_checkpoints(folder / "checkpoints"):
+        assert launcher.poll() is None, folder.with_suffix(".said").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    pids = descendants(launcher.pid)
+    ranks = {environment(pid).get("RANK"): pid for pid in pids if "RANK" in environment(pid)}
+    assert set(ranks) == {"0", "1"}
+    return words, launcher, ranks, pids
+
+
+@linux
+def test_r26_the_command_starts_processes_and_ends_them_all_when_one_is_killed(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words, launcher, ranks, pids = started(folder)
+    os.kill(ranks["1"], signal.SIGKILL)
+    assert launcher.wait(HANG) == LostProcess.exit_code
+    said = folder.with_suffix(".said").read_text()
+    assert "mgic: process 1 was ended by SIGKILL; the same command continues the run\n" in said
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     saved = newest_checkpoint(folder / "checkpoints", strict=True)
     assert saved["step"] >= 1
     assert main([*words, "--epochs", "100"]) == 2
     assert "epochs is 200 there, 100 asked" in capsys.readouterr().err
+
+
+@linux
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_r27_a_signal_to_the_launcher_saves_the_step_and_ends_all(tmp_path, trials, signum):
+    """As a scheduler sends it: to the process it knows, not to those that train."""
+    folder = tmp_path / "run"
+    _, launcher, _, pids = started(folder)
+    launcher.send_signal(signum)
+    assert launcher.wait(HANG) == 128 + signum
+    assert "Traceback" not in folder.with_suffix(".said").read_text()
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
+    assert newest_checkpoint(folder / "checkpoints", strict=True)["step"] >= 1
+    trials.passes()
 
 
 def test_a_wrong_call_with_several_processes_is_one_line(tmp_path, capsys, monkeypatch):

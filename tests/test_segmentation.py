@@ -417,10 +417,10 @@ def test_r10_pairs_that_cannot_be_read_are_skipped_and_counted_where_asked(tmp_p
     with pytest.raises(UserError, match=r"train/images/003\.png: cannot be decoded as an image"):
         load(tmp_path)
     data = load(tmp_path, on_bad_sample="skip")
-    assert (len(data.train), data.bad_samples) == (199, 1)
+    assert (len(data.train), len(data.bad_samples)) == (199, 1)
     whole = [torch.arange(199)]
     ((images, _),) = data.train.training_batches(whole, Augmentation(), 0, 0, 0)
-    assert (len(images), data.bad_samples) == (199, 2)
+    assert (len(images), len(data.bad_samples)) == (199, 2)
     ((again, _),) = load(tmp_path, on_bad_sample="skip").train.training_batches(whole, Augmentation(), 0, 0, 2)
     assert torch.equal(images, again)
     assert sum(len(x) for x, _ in data.train.evaluation_batches(50, 0)) == 198

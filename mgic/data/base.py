@@ -200,10 +200,10 @@ class Data:
         return [(normalize(x), y) for x, y in split.training_batches(chosen, Augmentation(), 0, 0, 0)]
 
     @property
-    def bad_samples(self) -> int:
-        """Training samples that could not be read so far; others were taken instead. 0 where that is an error."""
+    def bad_samples(self) -> frozenset[int]:
+        """Indices of training samples that could not be read so far, and were skipped."""
         bad = getattr(self.train, "bad", None)
-        return len(bad.found) if isinstance(bad, BadSamples) else 0
+        return frozenset(bad.found) if isinstance(bad, BadSamples) else frozenset()
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell this data set from another: a resumed run must find the same ones."""

@@ -622,7 +622,7 @@ class _Run:
             origin=provenance(),
             data_note=self.data.note,
             processes=self.processes.count,
-            bad_samples=self.data.bad_samples,
+            bad_samples=len(self.processes.union(self.data.bad_samples)),
         )
 
 

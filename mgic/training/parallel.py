@@ -177,6 +177,14 @@ class Processes:
         distributed.all_reduce(sums)
         return sums.to(values.device)
 
+    def union(self, found: frozenset[int]) -> frozenset[int]:
+        """What any of them has found."""
+        if self.count == 1:
+            return found
+        parts: list[Any] = [frozenset()] * self.count
+        distributed.all_gather_object(parts, found)
+        return frozenset().union(*parts)
+
     def first(self, action: Callable[[], T]) -> T:
         """Do something in the first process alone; all get its result, or end with its error.
 
