@@ -152,6 +152,22 @@ def plan_levels(
     return [*levels, Level(channels, 1, inner, 0)]
 
 
+def plan_groups(channels: int, group_size: int, coarsest: int, hidden: int | None = None) -> list[Level]:
+    """Plan groups and no hierarchy: channels of different groups never meet (an ablation; arguments as `plan_levels`).
+
+    Raises:
+        ChannelConfigError: If a value is not a positive integer.
+
+    Examples:
+        >>> plan_groups(64, group_size=8, coarsest=16)
+        [Level(channels=64, groups=8, hidden=64, transfer_groups=0)]
+    """
+    inner = channels if hidden is None else hidden
+    check_positive(channels=channels, group_size=group_size, coarsest=coarsest, hidden=inner)
+    groups = _fit_groups(channels, inner, group_size, 2) if min(channels, inner) > coarsest else 1
+    return [Level(channels, groups, inner, 0)]
+
+
 @dataclass(frozen=True)
 class Conv:
     """One convolution of a block, for counting: from and to the outer width, or the inner one where marked hidden."""

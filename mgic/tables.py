@@ -27,12 +27,13 @@ from .cycle import MGICBlock, Scheme
 from .errors import UserError, suggest
 from .hierarchy import Level, plan_levels
 from .models import create_model, list_models
+from .models.mg2020 import MG2020
 from .models.mgnet import MgNet, paper_weights
 from .models.mobilenetv3 import round_width
 from .models.points import GraphStage
 from .models.resnet import MGIC_RESNET
 from .representation import transfers_alone
-from .transfer import SparsePointwise, sparse_random_pair
+from .transfer import SparsePointwise
 
 Row = Mapping[str, Any]
 
@@ -212,7 +213,7 @@ READINGS: dict[str, tuple[Reading, ...]] = {
             lambda s_g: {"scheme": replace(MGIC_RESNET, transfer=partial(_uncounted_pair, True))},
         ),
     ),
-    "mg_mobilenetv2": (("section 4.1: random R and P", lambda s_g: {"transfer": sparse_random_pair}),),
+    "mg_mobilenetv2": (("section 4.1: random R and P", lambda s_g: {"scheme": MG2020}),),
     "dgcnn": (("fitted to print: the edge convolution on one edge a point", lambda s_g: {"k": 1}),),
     "lraspp_mobilenetv3_small": (_POOL_FIRST,),
     "lraspp_mobilenetv3_large": (_POOL_FIRST,),

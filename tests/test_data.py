@@ -366,6 +366,21 @@ def test_evaluation_cuts_the_centre_out_of_an_image_an_eighth_larger(height, wid
     assert torch.equal(centre_crop(16, Image.fromarray(pixels)), expected)
 
 
+def test_some_of_the_training_images_are_always_the_same_ones(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(40) % 2, x_test=x[:4], y_test=np.arange(4) % 2)
+    some, again = (load_data(str(tmp_path / "a.npz"), train_images=10) for _ in range(2))
+    assert torch.equal(some.train.images, again.train.images)
+    assert len(some.train) == 10
+    assert len(some.test) == 4
+    whole = load_data(str(tmp_path / "a.npz")).train.images
+    assert all((whole == image).flatten(1).all(1).any() for image in some.train.images)
+    assert "10 of the train images" in some.note
+    for wrong in (0, 41, 2.0, True):
+        with pytest.raises(UserError, match=r"train_images must be 1 ... 40, got"):
+            load_data(str(tmp_path / "a.npz"), train_images=wrong)
+
+
 def test_r10_images_of_every_mode_are_read_as_colour(folder):
     picture = Image.open(folder / "train/cat/0.png")
     for k, mode in enumerate(("L", "RGBA", "P", "1")):

@@ -5,6 +5,7 @@ After a change that is meant to move a count, ``python tests/test_networks.py`` 
 
 import csv
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import mgic
-from mgic import ChannelConfigError, MGICBlock, Scheme, UserError, averaging_pair, plan_levels, sparse_random_pair
+from mgic import ChannelConfigError, MGICBlock, Scheme, UserError, averaging_pair, plan_levels
 from mgic.counting import count_trainable
-from mgic.models.mg2020 import DoublingTransition
+from mgic.models.mg2020 import MG2020, DoublingTransition
 from mgic.models.mobilenetv3 import TABLE_6, InvertedBottleneck
 
 DATA = Path(__file__).parent / "data"
@@ -82,7 +83,7 @@ def network(row):
     assert family(row) == "MG-ResNet"
     if row["dataset"] == "CIFAR100":
         sizes |= {"repeats": (3, 5, 7, 4), "num_classes": 100}
-    return "mg_resnet_cifar", {**sizes, "additive": bool(additive)}, 32
+    return "mg_resnet_cifar", {**sizes, **({"scheme": {"cycle": "additive"}} if additive else {})}, 32
 
 
 def count(name, overrides, size):
@@ -98,8 +99,8 @@ LITERAL = Scheme(plan=partial(plan_levels, minimum=1, transfer_group_size=32))
 READINGS = {
     "MGIC-ResNet-50, transfers in groups of s_g": ("mgic_resnet50", {"scheme": LITERAL}, 224),
     "MGIC-ResNet-50, with the 3x3 layer of Table 4": ("mgic_resnet50", {"extra_conv": True}, 224),
-    "MG-MobileNetV2 1.0, random transfers": ("mg_mobilenetv2", {"transfer": sparse_random_pair}, 224),
-    "MG-MobileNetV2 2.0, random transfers": ("mg_mobilenetv2", {"transfer": sparse_random_pair, "width": 2.0}, 224),
+    "MG-MobileNetV2 1.0, random transfers": ("mg_mobilenetv2", {"scheme": MG2020}, 224),
+    "MG-MobileNetV2 2.0, random transfers": ("mg_mobilenetv2", {"scheme": MG2020, "width": 2.0}, 224),
 }
 """What else the papers' texts can mean."""
 PINNED = {
@@ -320,14 +321,14 @@ def test_the_transition_of_2020_keeps_the_old_channels_and_adds_depthwise_ones()
 
 def test_the_additive_cycle_has_the_same_weights_and_another_result():
     small = {"channels": (16, 32), "repeats": (1, 1), "group_size": 4, "coarsest": 8}
-    by_flag = mgic.create_model("mg_resnet_cifar", additive=True, **small).eval()
-    by_function = mgic.create_model("mg_resnet_cifar", cycle=mgic.additive, **small).eval()
+    by_name = mgic.create_model("mg_resnet_cifar", scheme={"cycle": "additive"}, **small).eval()
+    by_function = mgic.create_model("mg_resnet_cifar", scheme=replace(MG2020, cycle=mgic.additive), **small).eval()
     multiplicative = mgic.create_model("mg_resnet_cifar", **small).eval()
     for other in (by_function, multiplicative):
-        other.load_state_dict(by_flag.state_dict())
+        other.load_state_dict(by_name.state_dict())
     x = torch.randn(1, 3, 8, 8)
-    torch.testing.assert_close(by_flag(x), by_function(x), rtol=0, atol=0)
-    assert (by_flag(x) - multiplicative(x)).abs().max() > 1e-3
+    torch.testing.assert_close(by_name(x), by_function(x), rtol=0, atol=0)
+    assert (by_name(x) - multiplicative(x)).abs().max() > 1e-3
 
 
 def test_networks_of_2020_have_t_random_places_a_row():

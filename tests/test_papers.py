@@ -44,7 +44,7 @@ OURS = {
     "dgcnn": set(),
     "diffgcn": set(),
     "mgic_diffgcn": set(),
-    "mg_resnet_cifar": {"channels", "repeats", "group_size", "coarsest", "additive", "num_classes"},
+    "mg_resnet_cifar": {"channels", "repeats", "group_size", "coarsest", "scheme", "num_classes"},
     "mg_resnet34": {"channels", "group_size", "coarsest"},
     "mg_mobilenetv2": {"width", "group_size", "coarsest"},
     "resnet20": {"in_chans"},

@@ -309,8 +309,14 @@ def digits(root: Path, download: bool) -> Data:
     return _in_memory("digits", *arrays, num_classes=10, note=note)
 
 
-def fashion_mnist(root: Path, download: bool) -> Data:
-    """FashionMNIST as torchvision keeps it in ``root``."""
+def fashion_mnist(root: Path, download: bool, *, train_images: int | None = None) -> Data:
+    """FashionMNIST as torchvision keeps it in ``root``.
+
+    Args:
+        root: Folder of data sets.
+        download: Fetch what is missing.
+        train_images: So many of the training images, drawn at random, always the same ones.
+    """
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import check_integrity
 
@@ -328,13 +334,13 @@ def fashion_mnist(root: Path, download: bool) -> Data:
     train, test = (_fetch(FashionMNIST, root, part, download=not unpacked) for part in (True, False))
     note = f"FashionMNIST, official split: {len(train.data):,} train and {len(test.data):,} test images"
     arrays = (train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy())
-    return _in_memory("fashion_mnist", *arrays, num_classes=10, note=note)
+    return _in_memory("fashion_mnist", *arrays, num_classes=10, note=note, train_images=train_images)
 
 
 def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
-    """The loader of CIFAR-10 or CIFAR-100 as torchvision keeps them in ``root``."""
+    """The loader of CIFAR-10 or CIFAR-100 as torchvision keeps them in ``root``; arguments as `fashion_mnist`."""
 
-    def load(root: Path, download: bool) -> Data:
+    def load(root: Path, download: bool, *, train_images: int | None = None) -> Data:
         from torchvision import datasets
         from torchvision.datasets.utils import check_integrity
 
@@ -348,18 +354,19 @@ def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
         train, test = (_fetch(source, root, part, download=unpack) for part in (True, False))
         note = f"{name}, official split: {len(train.data):,} train and {len(test.data):,} test images"
         arrays = (train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))
-        return _in_memory(name.lower(), *arrays, num_classes=classes, note=note)
+        return _in_memory(name.lower(), *arrays, num_classes=classes, note=note, train_images=train_images)
 
     return load
 
 
-def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
+def npz(path: Path, download: bool, *, num_classes: int | None = None, train_images: int | None = None) -> Data:
     """A file with ``x_train, y_train, x_test, y_test`` (uint8, NHW or NHWC).
 
     Args:
         path: The file.
         download: Changes nothing.
         num_classes: Default: the largest training label plus one.
+        train_images: So many of the training images, drawn at random, always the same ones.
     """
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise UserError(f"data_args: num_classes must be a positive integer, got {num_classes!r}")
@@ -379,7 +386,7 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None) -> Data:
         note += (
             f"; of CIFAR-10, {50_000 - train:,} of 50,000 train and {10_000 - test:,} of 10,000 test images are missing"
         )
-    return _in_memory(str(path), *arrays, num_classes=num_classes, note=note)
+    return _in_memory(str(path), *arrays, num_classes=num_classes, note=note, train_images=train_images)
 
 
 def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: str = "error") -> Data:
@@ -448,9 +455,16 @@ def _in_memory(
     *,
     num_classes: int | None,
     note: str,
+    train_images: int | None = None,
 ) -> Data:
     train = Images(_pixels(x_train, f"{name}: x_train"), _labels(y_train, f"{name}: y_train", len(x_train)))
     test = Images(_pixels(x_test, f"{name}: x_test"), _labels(y_test, f"{name}: y_test", len(x_test)))
+    if train_images is not None:
+        if type(train_images) is not int or not 1 <= train_images <= len(x_train):
+            raise UserError(f"{name}: train_images must be 1 ... {len(x_train):,}, got {train_images!r}")
+        chosen = torch.from_numpy(np.sort(np.random.RandomState(0).permutation(len(x_train))[:train_images]))
+        train = Images(train.images[chosen], train.labels[chosen])
+        note += f"; {train_images:,} of the train images, drawn with seed 0"
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [tuple(s.images.shape[1:]) for s in (train, test)]
         raise UserError(f"{name}: train images are {sizes[0]} but test images are {sizes[1]} (channels, height, width)")

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UserError, suggest
 from . import functions, mg2020, mgnet, mobilenetv3, points, resnet, segmentation
 from .classifier import known_arguments
+from .parts import with_parts
 
 _CLASSIFIERS = (mg2020, mgnet, mobilenetv3, resnet)
 _OTHERS = {make.__name__: make for module in (functions, points, segmentation) for make in module.NETWORKS}
@@ -102,7 +103,7 @@ def create_model(name: str, *, conversion: Mapping[str, Any] | None = None, **ov
     if name not in _OTHERS:
         return timm.create_model(name, **overrides)
     known = known_arguments(_OTHERS[name], name, overrides)
-    model: Any = _OTHERS[name](**overrides)
+    model: Any = _OTHERS[name](**with_parts(_OTHERS[name], overrides))
     model.arguments = known  # as of the classifiers
     return model  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..cycle import checkpointed
 from ..errors import UserError
 from .inputs import check_images
+from .parts import with_parts
 
 
 class Classifier(nn.Module):
@@ -197,6 +198,7 @@ def build(
         *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "kwargs_filter"),
     }
     known = known_arguments(make, name, given.keys() - timm_keys)
+    given = with_parts(make, given)
     for argument, least in (("num_classes", 0), ("in_chans", 1)):
         value = given.get(argument, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from ..blocks import BasicBlock
-from ..cycle import ChannelChange, MGICBlock, Scheme, multiplicative
-from ..cycle import additive as additive_cycle
+from ..cycle import ChannelChange, Correction, MGICBlock, Scheme, tau_correction
 from ..errors import ChannelConfigError, UserError
 from ..hierarchy import plan_levels
-from ..transfer import Transfer, averaging_pair, sparse_random_pair
+from ..transfer import averaging_pair, sparse_random_pair
 from .classifier import Classifier, build, default_cfg
 from .mobilenetv3 import InvertedBottleneck
 from .resnet import default_cfgs as resnet_cfgs
-
-Cycle = Callable[[MGICBlock, Tensor], Tensor]
 
 MG2020 = Scheme(
     plan=partial(plan_levels, rounding=math.floor, extra=1, minimum=1, min_groups=1), transfer=sparse_random_pair
@@ -61,11 +58,11 @@ def mg_resnet(
     repeats: Sequence[int],
     group_size: int,
     coarsest: int,
-    cycle: Cycle = multiplicative,
-    additive: bool = False,
     multigrid: bool = True,
     large_images: bool = False,
     block: Callable[..., nn.Module] = BasicBlock,
+    correction: Correction = tau_correction,
+    scheme: Scheme = MG2020,
     num_classes: int = 10,
     in_chans: int = 3,
     global_pool: str = "avg",
@@ -78,11 +75,11 @@ def mg_resnet(
         repeats: Cycles of each stage.
         group_size: Channels per group (``s_g``), and random places in a row of ``P`` (``t``).
         coarsest: Width below which to stop.
-        cycle: `mgic.multiplicative` or `mgic.additive`.
-        additive: ``cycle=mgic.additive`` for text configurations.
         multigrid: Whether the blocks are multigrid cycles; otherwise this is the paper's dense baseline.
         large_images: Open with a 7x7 convolution of stride 2 and max-pooling instead of a 3x3 convolution.
         block: What is wrapped: ``block(channels, groups)``.
+        correction: What is prolonged.
+        scheme: Plan, transfers, norm and cycle.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of the images.
         global_pool: timm's pooling.
@@ -95,14 +92,14 @@ def mg_resnet(
         raise ChannelConfigError(
             f"channels={tuple(channels)} must double from stage to stage, with as many repeats={tuple(repeats)}"
         )
-    scheme = replace(MG2020, cycle=additive_cycle if additive else cycle)
     stages = []
     for i, (c, blocks) in enumerate(zip(channels, repeats, strict=True)):
         stage: list[nn.Module] = [DoublingTransition(c // 2)] if i else []
         if large_images and i == 0:
             stage.append(nn.MaxPool2d(3, stride=2, padding=1))
         for _ in range(blocks):
-            stage.append(MGICBlock(block, c, group_size, coarsest, scheme=scheme) if multigrid else block(c))
+            cycle = partial(MGICBlock, block, c, group_size, coarsest, correction=correction, scheme=scheme)
+            stage.append(cycle() if multigrid else block(c))
         stages.append(nn.Sequential(*stage))
     kernel_size, stride, reduction = (7, 2, 4) if large_images else (3, 1, 1)
     stem = ChannelChange(in_chans, channels[0], stride, kernel_size, groups=1)
@@ -110,6 +107,9 @@ def mg_resnet(
     reductions = [reduction << i for i in range(len(channels))]
     return Classifier(stem, stages, head, [channels[0], *channels], [stride, *reductions])
 
+
+MG_MOBILENET = replace(MG2020, transfer=averaging_pair)
+"""The same with grouped transfers, as is the rest of these networks."""
 
 MOBILENETV2 = (  # one tuple per resolution: strides 2, 4, 8, 16, 32; expansion, channels, blocks
     ((1, 16, 1),),
@@ -124,10 +124,9 @@ def mg_mobilenet(
     width: float = 1.0,
     group_size: int = 32,
     coarsest: int = 64,
-    cycle: Cycle = multiplicative,
-    additive: bool = False,
     multigrid: bool = True,
-    transfer: Transfer = averaging_pair,
+    correction: Correction = tau_correction,
+    scheme: Scheme = MG_MOBILENET,
     num_classes: int = 1000,
     in_chans: int = 3,
     global_pool: str = "avg",
@@ -137,17 +136,16 @@ def mg_mobilenet(
 
     Blocks that change width or resolution, the last 1x1 convolution (1280 channels, not widened) and the classifier are
     the dense ones (Sec. 5). The paper does not say which transfers these networks have; the default is grouped, as is the
-    rest of the block. The random ones of its Sec. 4.1 (``transfer=sparse_random_pair``) make 3.06 and 6.43 instead of 3.04
+    rest of the block. The random ones of its Sec. 4.1 (``scheme=MG2020``) make 3.06 and 6.43 instead of 3.04
     and 6.35 million parameters at widths 1 and 2, where 3.0 and 6.0 are printed.
 
     Args:
         width: Multiplies all widths but the last.
         group_size: Channels per group of the narrower width (``s_g``).
         coarsest: Width of the narrower side below which to stop.
-        cycle: `mgic.multiplicative` or `mgic.additive`.
-        additive: ``cycle=mgic.additive`` for text configurations.
         multigrid: Whether the repeated blocks are multigrid cycles; otherwise this is MobileNetV2.
-        transfer: ``(channels, group_size) -> (R, P)``.
+        correction: What is prolonged.
+        scheme: Plan, transfers, norm and cycle.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of the images.
         global_pool: timm's pooling.
@@ -158,7 +156,6 @@ def mg_mobilenet(
     """
     if width <= 0:
         raise UserError(f"width must be positive, got {width}")
-    scheme = replace(MG2020, transfer=transfer, cycle=additive_cycle if additive else cycle)
     round_width = partial(make_divisible, divisor=8)
     block = partial(InvertedBottleneck, act=nn.ReLU6)
     before = round_width(32 * width)
@@ -173,7 +170,7 @@ def mg_mobilenet(
             stage.append(InvertedResidual(before, after, stride, expansion))
             for _ in range(blocks - 1):
                 inner = expansion * after
-                cycles = partial(MGICBlock, block, after, group_size, coarsest, inner, scheme=scheme)
+                cycles = partial(MGICBlock, block, after, group_size, coarsest, inner, correction, scheme)
                 stage.append(cycles() if multigrid else block(after, 1, inner))
             before = after
         stages.append(stage)
