@@ -119,8 +119,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
 {table}
 
 The bounds of R20 and R21 are relative: 1e-5 for views, 1e-2 for float16 and 2e-2 for bfloat16. Where rounding alone moves a
-network's output further than that, the bound is four times as far: MG-MobileNetV2, untrained and with perturbed norms, is such
-a network.
+network's output further than that, the bound is four times as far: MG-MobileNetV2, untrained and with perturbed norms, is
+such a network.
 """
 
 
