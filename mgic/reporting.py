@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .experiments import EXPERIMENTS, Finding, Outcome, findings
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -261,6 +263,61 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+OUTCOME_COLUMNS = ("variant", "params", "MACs", "ms", "runs", "train %", "test %")
+CLAIM_COLUMNS = ("claim", "who says so", "difference (95 %)", "n", "here")
+
+
+def outcome_cells(variant: str, outcome: Outcome) -> list[str]:
+    """A variant's row of `OUTCOME_COLUMNS`."""
+    metrics, costs = outcome.record["metrics"], outcome.costs
+    shown = [f"{costs[key]:{form}}" if key in costs else "" for key, form in (("macs", ","), ("ms", ".2f"))]
+    scores = [mean_std(metrics[f"{split}_accuracy"]["values"]) for split in ("train", "test")]
+    return [variant, f"{metrics['params']['values'][0]:,}", *shown, str(outcome.record["n"]), *scores]
+
+
+def claim_cells(finding: Finding) -> list[str]:
+    """A claim's row of `CLAIM_COLUMNS`."""
+    claim, found = finding.claim, finding.difference
+    says = claim.says + (f" (to {claim.margin:g})" if claim.margin else "")
+    note = f"; {finding.note}" if finding.note else ""
+    return [says, claim.source, f"{found}{note}" if found else "", str(found.n) if found else "", finding.verdict]
+
+
+_EXPERIMENTS = """What the papers claim, tested at a budget that two CPU cores can pay: 20,000 training images, 10 epochs,
+a schedule of that length, and all test images there are. A difference is the mean, over seeds, of what two runs of one seed
+differ by, in points, with its 95 % interval by Student's t. A claim *holds* where the whole interval is above zero (or above
+minus the margin in brackets), *does not hold* where all of it is below, and is *undecided* otherwise: three runs decide only
+what is large.
+
+`mgic experiment NAME` repeats one; the records are in `results/experiments/`."""
+
+
+def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """Return experiments as a page of Markdown.
+
+    Args:
+        outcomes: By experiment and variant.
+    """
+    lines = ["# Experiments", "", _EXPERIMENTS]
+    for name, found in outcomes.items():
+        lines += ["", f"## {name}", "", EXPERIMENTS[name].question, ""]
+        if not found:
+            lines.append("Not run yet.")
+            continue
+        rows = [outcome_cells(variant, outcome) for variant, outcome in found.items()]
+        lines += [*_markdown_table(OUTCOME_COLUMNS, rows, 1), ""]
+        lines += _markdown_table(CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 5)
+        first = next(iter(found.values())).record
+        commits = sorted({str(o.record["commit"]["id"])[:9] for o in found.values()})
+        lines += ["", f"Data: {first['data']}. Machine: {first['machine']['cpu']}. Commits: {', '.join(commits)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> list[str]:
+    rule = "|" + "|".join(" --- " if k < labels else " ---: " for k in range(len(head))) + "|"
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(_escape, row))} |" for row in rows)]
 
 
 def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:

@@ -23,11 +23,15 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"conversion", "fitting"},
     {"models", "data"},
     {"scaling", "tables"},
-    {"training", "reporting"},
+    {"training"},
+    {"experiments"},
+    {"reporting"},
     {"prediction", "converted", "exporting"},
     {"publishing"},
     {"benchmarking"},
-    {"cli_bench", "cli_convert", "cli_export"},
+    {"cli_output"},
+    {"cli_bench", "cli_convert", "cli_export", "cli_train"},
+    {"cli_experiment"},
     {"cli", "__main__", "__init__"},
 ]
 

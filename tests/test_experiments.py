@@ -1,0 +1,197 @@
+"""The experiments: grids that can be trained, claims that name what is there, statistics against SciPy's, and the verb."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mgic import UserError, cli_experiment
+from mgic.cli import main
+from mgic.experiments import (
+    EXPERIMENTS,
+    Claim,
+    Difference,
+    Experiment,
+    Outcome,
+    difference,
+    file_name,
+    findings,
+    read_outcomes,
+)
+from mgic.models import build_model
+from mgic.reporting import experiments_markdown
+from mgic.training import RECIPES, read_record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_variant_is_a_network_and_every_claim_is_about_variants(name):
+    experiment = EXPERIMENTS[name]
+    assert len({file_name(variant) for variant in experiment.variants}) == len(experiment.variants)
+    for variant in experiment.variants:
+        recipe = experiment.recipe(variant)
+        assert recipe.epochs >= 10
+        assert recipe.data_args["train_images"] >= 20_000
+        with torch.device("meta"):
+            build_model(recipe.model, {"num_classes": 10, **recipe.model_args})
+    assert len(experiment.seeds) >= 3
+    families = {variant.partition(":")[0] for variant in experiment.variants}
+    for claim in experiment.claims:
+        assert {claim.better, claim.other} <= (families if claim.cost else experiment.variants.keys())
+
+
+def test_no_variant_is_called_twice_what_it_is_not():
+    """Variants of one recipe in one experiment would be one run under two names."""
+    for experiment in EXPERIMENTS.values():
+        recipes = [experiment.recipe(variant).to_yaml() for variant in experiment.variants]
+        assert len(set(recipes)) == len(recipes)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_intervals_are_those_of_the_paired_t_test(n):
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.normal(90.5, 0.4, n), rng.normal(90, 0.4, n)
+    found = difference(ours.tolist(), theirs.tolist())
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.low, found.high, found.n) == (pytest.approx(expected.low), pytest.approx(expected.high), n)
+    assert found.mean == pytest.approx((ours - theirs).mean())
+
+
+def test_verdicts():
+    assert Difference(1.0, 0.2, 1.8, 3).verdict() == "holds"
+    assert Difference(1.0, -0.2, 2.2, 3).verdict() == "undecided"
+    assert Difference(1.0, -0.2, 2.2, 3).verdict(margin=0.5) == "holds"
+    assert Difference(-1.0, -1.8, -0.2, 3).verdict() == "does not hold"
+    assert Difference(-1.0, -1.8, -0.2, 3).verdict(margin=0.5) == "undecided"
+    assert difference([91.0], [90.0]).verdict() == "undecided", "one run is an anecdote"
+    with pytest.raises(ValueError, match="no pair"):
+        difference([], [])
+
+
+def outcome(values, seeds=(0, 1, 2), **costs):
+    metrics = {
+        "test_accuracy": {"values": list(values)},
+        "train_accuracy": {"values": [v + 5 for v in values]},
+        "params": {"values": [costs.get("params", 1)] * len(values)},
+    }
+    facts = {"data": "made up", "machine": {"cpu": "a CPU"}, "commit": {"id": "0" * 40}}
+    return Outcome({"metrics": metrics, "seeds": list(seeds), "n": len(values), **facts}, costs)
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """An experiment of two networks, and of two families, on scikit-learn's digits."""
+    claims = (
+        Claim("ours is better", "nobody", "ours: 1", "theirs: 1"),
+        Claim("ours overfits less", "nobody", "ours: 1", "theirs: 1", "gap"),
+        Claim("ours is better at equal cost", "nobody", "ours", "theirs", cost="macs"),
+    )
+    base = replace(RECIPES["digits"], epochs=1, model="resnet20")
+    variants = {
+        "ours: 1": {"model": "mgic_resnet20", "model_args": {"width": 0.25, "group_size": 2, "coarsest": 4}},
+        "theirs: 1": {"model_args": {"width": 0.25}},
+        "theirs: 2": {"model_args": {"width": 0.125}},
+    }
+    experiment = Experiment("Which?", base, variants, claims, (0, 1))
+    monkeypatch.setitem(EXPERIMENTS, "grid", experiment)
+    return experiment
+
+
+def test_pairs_are_of_the_same_seed_and_a_missing_run_is_no_pair(grid):
+    outcomes = {"ours: 1": outcome([91, 94, 92], (0, 2, 1)), "theirs: 1": outcome([90, 91], (0, 1))}
+    side, gap, cost = findings("grid", outcomes)
+    assert (side.difference.mean, side.difference.n) == (1, 2)  # 91 - 90 and 92 - 91
+    assert gap.difference.mean == 0
+    assert cost.verdict == "not run"
+    assert findings("grid", {})[0].verdict == "not run"
+
+
+def test_at_equal_cost_the_other_family_is_read_off_the_line_between_its_variants(grid):
+    outcomes = {
+        "ours: 1": outcome([92, 93], (0, 1), macs=200),
+        "theirs: 1": outcome([90, 90], (0, 1), macs=100),
+        "theirs: 2": outcome([94, 92], (0, 1), macs=400),
+    }
+    found = findings("grid", outcomes)[2]
+    # 200 is half way between 100 and 400 in logarithms: 92 and 91 there
+    assert found.difference.mean == pytest.approx(((92 - 92) + (93 - 91)) / 2)
+    assert "1 of 1 widths" in found.note
+    outside = {**outcomes, "ours: 1": outcome([92, 93], (0, 1), macs=50)}
+    assert findings("grid", outside)[2].verdict == "not run"
+
+
+def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment", "grid", "--out", "runs", "--accelerator", "cpu"]
+    assert main([*words, "--only", '["ours: 1"]', "--seeds", "[0]"]) == 0
+    assert "1 of 6 runs recorded" in capsys.readouterr().out
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err.count("finished before, not trained again") >= 1
+    assert "6 of 6 runs recorded" in said.out
+    record = read_record(Path("results/experiments/grid") / file_name("ours: 1"))
+    assert (record["seeds"], record["recipe"]["model"]) == ([0, 1], "mgic_resnet20")
+    assert "runs" not in record["command"].replace("--out=RUN", "")
+    assert main(["experiment", "grid", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["grid"]
+    assert [claim["verdict"] for claim in shown["claims"]][2] == "not run", "nothing was timed or counted"
+    assert shown["variants"]["ours: 1"]["n"] == 2
+    page = experiments_markdown({"grid": read_outcomes("grid", Path("results/experiments/grid"))})
+    assert re.search(r"\| ours: 1 \| [\d,]+ \|", page)
+    monkeypatch.setitem(EXPERIMENTS, "grid", replace(grid, base=replace(grid.base, lr=0.5)))
+    with pytest.raises(UserError, match=r"ours-1\.json: lr is 0.1, but 'ours: 1' of grid has 0.5"):
+        read_outcomes("grid", Path("results/experiments/grid"))
+
+
+def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run_benchmark(groups, say):
+        cases = groups[0].cases
+        rows = [
+            {"network": str(c.network), "path": c.path, "params": 7, "macs": 9, "ms": ms, "seconds": (ms / 1e3,) * 2}
+            for c in cases
+            for ms in [1.0 + list(cli_experiment.PATHS).index(c.path)]
+        ]
+        return SimpleNamespace(timings=rows, rounds=2)
+
+    monkeypatch.setattr("mgic.benchmarking.run_benchmark", run_benchmark)
+    assert main(["experiment", "grid", "--times"]) == 0
+    costs = read_record(Path("results/experiments/grid/costs.json"))["costs"]
+    assert costs["ours: 1"] == {"params": 7, "macs": 9, "ms": 1.0, "path": cli_experiment.PATHS[0]}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["efects"], "there is no experiment 'efects'; did you mean effects"),
+        (
+            ["effects", "--only", "[additif]"],
+            "there is no variant 'additif'; did you mean 'additive'|did you mean additive",
+        ),
+        (["effects", "--seeds", "[1, 1]"], "--seeds must be different seeds"),
+        (["--seeds", "[0]"], "belong to the run of one experiment"),
+        (["effects", "--show", "--times"], "belong to the run of one experiment"),
+    ],
+)
+def test_a_wrong_call_is_one_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment", *words]) == 2
+    found = capsys.readouterr()
+    assert found.err.count("\n") == 1
+    assert re.search(said, found.err)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_page_is_what_the_records_say():
+    outcomes = {name: read_outcomes(name, ROOT / "results" / "experiments" / name) for name in EXPERIMENTS}
+    assert (ROOT / "docs" / "experiments.md").read_text() == experiments_markdown(outcomes), (
+        "mgic experiment --markdown > docs/experiments.md"
+    )
