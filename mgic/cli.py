@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from . import __version__, cli_bench, cli_convert, cli_experiment, cli_export, cli_train
+from . import __version__, cli_bench, cli_convert, cli_experiment, cli_export, cli_report, cli_train
 from .cli_output import check_output, console, print_json
 from .errors import Stopped, UserError, suggest
 
@@ -313,6 +313,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
         cli_experiment.add_experiment,
         cli_experiment.run_experiment,
     ),
+    "report": ("one HTML page of everything the records say", cli_report.add_report, cli_report.run_report),
     "demo": ("train a dense ResNet and its multigrid twin on real digits", cli_train.add_demo, cli_train.run_demo),
     "info": ("versions, machine, extras", _add_info, lambda args, given: _run_info(args)),
 }
@@ -327,6 +328,7 @@ EXAMPLES = {
     "export": cli_export.EXAMPLES,
     "bench": cli_bench.EXAMPLES,
     "experiment": cli_experiment.EXAMPLES,
+    "report": cli_report.EXAMPLES,
     "info": "  mgic info --json",
 }
 

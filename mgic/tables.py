@@ -59,7 +59,7 @@ class Network(NamedTuple):
         """Build it on the meta device, where weights take neither time nor memory."""
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a published setting stays as it is, advisable or not
-            return self.make(**dict(self.arguments))
+            return self.make(**{name: _given(value) for name, value in self.arguments})
 
 
 @cache
@@ -72,7 +72,14 @@ def _named(name: str, overrides: Row, library: str = "mgic") -> Network:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(inner)) for key, inner in value.items())
     return tuple(value) if isinstance(value, list) else float(value) if isinstance(value, Decimal) else value
+
+
+def _given(value: Any) -> Any:
+    """What `_hashable` was given, as a network takes it."""
+    return {key: _given(inner) for key, inner in value} if isinstance(value, frozenset) else value
 
 
 def _transfers(row: Row) -> tuple[str | None, dict[str, Any], Network]:
