@@ -3,13 +3,11 @@
 import ast
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 import mgic
-from mgic.cli import main
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # left to right; a file imports from the left of its own place only
@@ -107,26 +105,6 @@ def test_every_recipe_names_a_network_that_can_be_built():
     for name, recipe in RECIPES.items():
         model = mgic.create_model(recipe.model, num_classes=7, in_chans=3, **recipe.model_args)
         assert model.num_classes == 7, name
-
-
-def code_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def test_the_readmes_python_runs_and_prints_what_it_says(capsys):
-    for block in code_blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})  # noqa: S102
-        said = re.findall(r"print\(.*\)  # (.*)", block)
-        assert said == capsys.readouterr().out.splitlines()[: len(said)]
-
-
-def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
-    """Each line that calls mgic, as it stands, in an empty folder; make's two are run by CI and by hand."""
-    monkeypatch.chdir(tmp_path)
-    lines = [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("mgic ")]
-    assert len(lines) >= 5
-    for line in lines:
-        assert main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
 
 
 def test_the_readmes_table_is_the_records():

@@ -1,0 +1,23 @@
+"""The README's steps work as they stand, and are the whole way from a block to a file for another runtime."""
+
+import newcomer
+import pytest
+
+
+@pytest.mark.timeout(10 * newcomer.LIMIT)
+def test_whoever_follows_the_readme_arrives(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    taken = newcomer.walk(tmp_path)
+    assert len(taken) >= 14
+    said = capsys.readouterr().out
+    for word in ("engine", "small.onnx", "replaced"):
+        assert word in said, word
+    assert (tmp_path / "small.onnx").stat().st_size > 1e6
+    assert (tmp_path / "runs" / "a" / "model.safetensors").exists()
+
+
+def test_the_readme_shows_each_part_of_the_way():
+    text = newcomer.README.read_text()
+    kinds = [step for kind, step in newcomer.steps(text) if kind == "python"]
+    for words in ("MGICBlock(", "timm.create_model(", "mgic.accelerate(", "convert(", "export("):
+        assert any(words in step for step in kinds), words
