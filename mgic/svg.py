@@ -204,3 +204,17 @@ def hierarchy(levels: Sequence[Level], name: str) -> str:
             parts.append(f'<path class="way" d="M{middle + 20},{low}V{high}m-4,6l4,-6l4,6"/>')
             parts.append(f'<text x="{middle - 38}" y="{y + 38}">R</text><text x="{middle + 28}" y="{y + 38}">P</text>')
     return "".join([*parts, "</svg>"])
+
+
+_STYLE = """
+svg { font: 12px system-ui, sans-serif; fill: #1b1f24; }
+path { fill: none; stroke: #8a939d; }
+.s0 { fill: #0072b2; } .s1 { fill: #d55e00; } .cut { stroke: #ffffff; }
+@media (prefers-color-scheme: dark) { svg { fill: #e4e7eb; } }
+"""
+
+
+def standalone(drawing: str) -> str:
+    """A hierarchy as a file of its own, with the colours that the page gives it otherwise."""
+    head, _, rest = drawing.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'

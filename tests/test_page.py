@@ -12,7 +12,7 @@ import pytest
 
 from mgic import UserError, page, plan_levels
 from mgic.cli import main
-from mgic.svg import Axis, Point, hierarchy, number, plot
+from mgic.svg import Axis, Point, hierarchy, number, plot, standalone
 from mgic.tables import build_table, table_ids
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +83,12 @@ def test_a_hierarchy_shows_every_level_and_group():
         "level 1: 32 channels, 4 groups of 8",
         "level 2: 16 channels, dense",
     ]
+
+
+def test_the_picture_of_the_documentation_is_what_is_planned():
+    drawn = standalone(hierarchy(plan_levels(256, group_size=16, coarsest=32), "A block of 256 channels"))
+    ElementTree.fromstring(drawn)
+    assert (ROOT / "docs" / "hierarchy.svg").read_text() == drawn
 
 
 class Tags(HTMLParser):
