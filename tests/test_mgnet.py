@@ -212,7 +212,7 @@ def test_a_coarsest_grid_wider_than_asked_for_is_warned_about():
     assert {stage.levels[-1].channels for stage in halved.stages} == {48}
 
 
-# --- the equations, written out
+# the equations, written out
 
 
 def randomised(module):
@@ -453,7 +453,7 @@ def test_a_network_with_b_as_a_polynomial_in_a_trains_and_copies():
         assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-# --- what a user relies on
+# what a user relies on
 
 SMALL = [
     ("mgnet20", {"share_a": True, "share_b": True}),

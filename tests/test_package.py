@@ -65,10 +65,10 @@ def test_the_wheel_alone_runs_the_demo_and_the_engine_or_says_why_not(installed,
     if not compiler:
         environment = {name: value for name, value in environment.items() if name not in ("CXX", "CC")}
         environment["PATH"] = str(Path(sys.executable).parent)
-    words = [sys.executable, "-m", "mgic", "demo", "--epochs", "1", "--seeds", "[0]", "--out", "runs"]
-    said = run(words, cwd=tmp_path, env=environment)
-    assert "mgic_resnet20" in said
-    assert (tmp_path / "runs" / "curves.png").exists()
+        words = [sys.executable, "-m", "mgic", "demo", "--epochs", "1", "--seeds", "[0]", "--out", "runs"]
+        said = run(words, cwd=tmp_path, env=environment)
+        assert "mgic_resnet20" in said
+        assert (tmp_path / "runs" / "curves.png").exists()
     code = (
         "import mgic, pathlib, sys, torch\n"
         "assert pathlib.Path(mgic.__file__).is_relative_to(sys.argv[1]), mgic.__file__\n"

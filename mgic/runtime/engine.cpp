@@ -176,7 +176,7 @@ struct Share {
   Share(int64_t count, int me, int threads) : begin(count * me / threads), end(count * (me + 1) / threads) {}
 };
 
-// ---- convolution
+// convolution
 
 template <int M, bool FOR_WRITING>
 INLINE void prefetch(const float* p) {
@@ -340,7 +340,7 @@ void conv(const Op& op, float* arena, int me, int threads) {
   }
 }
 
-// ---- layers on vectors: the lanes are output channels. Weights: [chunk of outputs][input][output], padded with zeros.
+// layers on vectors: the lanes are output channels. Weights: [chunk of outputs][input][output], padded with zeros.
 
 template <int M>
 INLINE void linear_tile(const Op& op, float* arena, int group, int begin) {
@@ -385,7 +385,7 @@ void linear(const Op& op, float* arena, int me, int threads) {
   }
 }
 
-// ---- windows: depthwise convolutions and pooling. A channel is copied into a padded scratch whose columns are split by
+// windows: depthwise convolutions and pooling. A channel is copied into a padded scratch whose columns are split by
 // their remainder modulo the stride, so that neighbouring outputs read neighbouring floats.
 
 struct Multiply {
@@ -602,7 +602,7 @@ void windows_of_kernel(const Op& op, float* arena, int me, int threads, float pa
   return windows<Act, 0, 0>(op, arena, me, threads, padding);
 }
 
-// ---- the rest: a pass over the data each
+// the rest: a pass over the data each
 
 void map(const Op& op, float* arena, int me, int threads) {
   const bool vector = op.height * op.width == 1;
@@ -784,7 +784,7 @@ void run_op(const Op& op, float* arena, float* const* images, int me, int thread
   }
 }
 
-// ---- threads
+// threads
 
 INLINE void pause() {
 #if defined(__x86_64__)
