@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """  mgic experiment                                            all of them, and what is there
   mgic experiment effects --root data --out runs/experiments train what is missing; the same command goes on
   mgic experiment width --times                              measure milliseconds, on an idle machine
+  mgic experiment width --show --plot width.png              the same, and a picture
   mgic experiment width --show                               the table and the claims, from the records
   mgic experiment --markdown > docs/experiments.md           the page"""
 
@@ -36,6 +37,7 @@ def add_experiment(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 0: as many as torch takes")
     parser.add_argument("--accelerator", type=str, default="auto", help="Lightning's: auto, cpu, cuda, mps")
     parser.add_argument("--times", action="store_true", help="count and time the networks instead of training them")
+    parser.add_argument("--plot", type=Path, default=None, help="PNG of accuracy against cost, from the records")
     parser.add_argument("--show", action="store_true", help="show what is there, train nothing")
     parser.add_argument("--json", action="store_true", help="print what is there as JSON, train nothing")
     parser.add_argument("--markdown", action="store_true", help="print what is there as Markdown, train nothing")
@@ -55,7 +57,14 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
             _train(args.name, args, given)
     elif args.only or args.seeds or args.data or args.times:
         raise UserError("--only, --seeds, --data and --times belong to the run of one experiment")
+    if args.plot is not None and args.name is None:
+        raise UserError("--plot belongs to one experiment")
+    check_output(args.plot)
     outcomes = {name: read_outcomes(name, args.results / name) for name in names}
+    if args.plot is not None:
+        from .reporting import plot_outcomes
+
+        plot_outcomes(outcomes[args.name], args.plot, f"{args.name}: {EXPERIMENTS[args.name].question}")
     if args.json:
         print_json({name: _plain(name, found) for name, found in outcomes.items()})
     elif args.markdown:

@@ -17,7 +17,7 @@ from .errors import UserError
 from .experiments import EXPERIMENTS, Outcome, findings, read_outcomes
 from .hierarchy import Level
 from .models import create_model
-from .reporting import CLAIM_COLUMNS, OUTCOME_COLUMNS, claim_cells, mean_std, outcome_cells, paper_sheet
+from .reporting import CLAIM_COLUMNS, COSTS, OUTCOME_COLUMNS, claim_cells, mean_std, outcome_cells, paper_sheet
 from .smoothing import SmoothingInChannels
 from .svg import Axis, Point, hierarchy, plot
 from .tables import build_table, table_ids
@@ -144,12 +144,9 @@ def _experiments(outcomes: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]
             yield '<p class="soft">Not run yet.</p>'
             continue
         yield _table(f"outcomes-{name}", OUTCOME_COLUMNS, [outcome_cells(v, o) for v, o in found.items()], 1)
-        drawings = [_against_cost(found, cost, label) for cost, label in _COSTS.items()]
+        drawings = [_against_cost(found, cost, label) for cost, label in COSTS.items()]
         yield f'<div class="plots">{"".join(filter(None, drawings))}</div>'
         yield _table(f"claims-{name}", CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 5)
-
-
-_COSTS = {"params": "parameters", "macs": "multiply-adds", "ms": "milliseconds of one image, one thread"}
 
 
 def _against_cost(found: Mapping[str, Outcome], cost: str, label: str) -> str:

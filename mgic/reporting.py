@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .errors import UserError
 from .experiments import EXPERIMENTS, Finding, Outcome, findings
 
 if TYPE_CHECKING:
@@ -318,6 +319,50 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> list[str]:
     rule = "|" + "|".join(" --- " if k < labels else " ---: " for k in range(len(head))) + "|"
     return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(map(_escape, row))} |" for row in rows)]
+
+
+COSTS = {"params": "parameters", "macs": "multiply-adds", "ms": "milliseconds of one image, one thread"}
+"""What a variant costs, and how an axis calls it."""
+
+
+def plot_outcomes(outcomes: Mapping[str, Outcome], path: Path, title: str) -> None:
+    """Draw accuracy against each cost that is known: families in one colour, joined; bars are standard deviations.
+
+    Args:
+        outcomes: By variant.
+        path: PNG file.
+        title: Above the plots.
+
+    Raises:
+        UserError: Nothing was counted or timed.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    known = [cost for cost in COSTS if any(cost in outcome.costs for outcome in outcomes.values())]
+    if not known:
+        raise UserError("no costs to plot against: mgic experiment NAME --times counts and times the networks")
+    figure, axes = plt.subplots(1, len(known), figsize=(5 * len(known), 4), layout="constrained", squeeze=False)
+    for ax, cost in zip(axes[0], known, strict=True):
+        families: dict[str, list[tuple[float, float, float]]] = {}
+        for variant, outcome in outcomes.items():
+            metric = outcome.record["metrics"]["test_accuracy"]
+            if cost in outcome.costs:
+                point = (outcome.costs[cost], metric["mean"], metric["std"])
+                families.setdefault(variant.partition(":")[0], []).append(point)
+        for name, points in families.items():
+            x, y, spread = zip(*sorted(points), strict=True)
+            ax.errorbar(x, y, spread, marker="o", capsize=3, label=name)
+        ax.set_xscale("log")
+        ax.set_xlabel(COSTS[cost])
+        ax.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("test accuracy [%]")
+    axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot_panels(panels: "Sequence[Panel]", path: Path, title: str) -> None:

@@ -25,7 +25,7 @@ from mgic.experiments import (
     read_outcomes,
 )
 from mgic.models import build_model
-from mgic.reporting import experiments_markdown
+from mgic.reporting import experiments_markdown, plot_outcomes
 from mgic.training import RECIPES, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +168,21 @@ def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeyp
     assert costs["ours: 1"] == {"params": 7, "macs": 9, "ms": 1.0, "path": cli_experiment.PATHS[0]}
 
 
+def test_accuracy_is_drawn_against_what_is_known_to_cost(tmp_path):
+    from PIL import Image
+
+    outcomes = {
+        "ours: 1": outcome([92, 93], (0, 1), macs=200, ms=1.5),
+        "theirs: 1": outcome([90, 90], (0, 1), macs=100),
+    }
+    plot_outcomes(outcomes, tmp_path / "two.png", "title")
+    plot_outcomes({"theirs: 1": outcomes["theirs: 1"]}, tmp_path / "one.png", "title")
+    widths = [Image.open(tmp_path / f"{name}.png").size[0] for name in ("two", "one")]
+    assert widths == [1200, 600]
+    with pytest.raises(UserError, match="no costs to plot against"):
+        plot_outcomes({"a": outcome([1])}, tmp_path / "none.png", "title")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -177,6 +192,7 @@ def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeyp
             "there is no variant 'additif'; did you mean 'additive'|did you mean additive",
         ),
         (["effects", "--seeds", "[1, 1]"], "--seeds must be different seeds"),
+        (["--plot", "a.png"], "--plot belongs to one experiment"),
         (["--seeds", "[0]"], "belong to the run of one experiment"),
         (["effects", "--show", "--times"], "belong to the run of one experiment"),
     ],
