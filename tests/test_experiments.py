@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_verdicts():
 
 def outcome(values, seeds=(0, 1, 2), **costs):
     metrics = {
-        "test_accuracy": {"values": list(values)},
+        "test_accuracy": {"mean": fmean(values), "std": 0.5, "values": list(values)},
         "train_accuracy": {"values": [v + 5 for v in values]},
         "params": {"values": [costs.get("params", 1)] * len(values)},
     }
@@ -177,8 +178,9 @@ def test_accuracy_is_drawn_against_what_is_known_to_cost(tmp_path):
     }
     plot_outcomes(outcomes, tmp_path / "two.png", "title")
     plot_outcomes({"theirs: 1": outcomes["theirs: 1"]}, tmp_path / "one.png", "title")
-    widths = [Image.open(tmp_path / f"{name}.png").size[0] for name in ("two", "one")]
-    assert widths == [1200, 600]
+    for name, width in (("two", 1200), ("one", 600)):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size[0] == width
     with pytest.raises(UserError, match="no costs to plot against"):
         plot_outcomes({"a": outcome([1])}, tmp_path / "none.png", "title")
 
