@@ -23,7 +23,8 @@ from torch import nn
 
 from mgic.conversion import convert
 from mgic.counting import cost
-from mgic.surgery import Conversion, input_size_of
+from mgic.surgery import Conversion
+from mgic.survey import input_size_of
 from mgic.training.records import commit, make_record, read_record, write_record
 
 CONVERSION = Conversion(group_size=32, coarsest=32)

@@ -20,21 +20,8 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .runtime.accelerate import accelerate
-from .surgery import (
-    Conversion,
-    Report,
-    Row,
-    Survey,
-    Where,
-    apply_,
-    checked_size,
-    copied,
-    input_size_of,
-    made,
-    plan,
-    rebuild_,
-    refuse,
-)
+from .surgery import Conversion, Report, Row, Where, apply_, made, plan, rebuild_
+from .survey import Survey, checked_size, copied, input_size_of, refuse
 
 DEFAULT = Conversion()
 """Groups of 32, down to 64 channels, residual blocks whole."""

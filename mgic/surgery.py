@@ -8,36 +8,28 @@ reported: replaced, or kept and why.
 
 import copy
 import json
-import math
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, DropPath
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .counting import Cost, count_trainable
 from .cycle import AdditiveChannelChange, MGICBlock, MGICConv, MGICLinear
 from .errors import ChannelConfigError, UserError
-from .hierarchy import Level, plan_levels
+from .hierarchy import Level
 from .smoothing import Smoothing
+from .survey import BROKEN, Survey, checked_size, first_line, heads, input_size_of, is_residual, name_of, refuse
+from .twins import CONVOLUTIONS, Kept, make_block, make_conv, make_linear, unknown
 
 SCHEMA = 1
 Where = Callable[[str, nn.Module], bool]
 """``(name, module) -> bool``: whether a block or a layer may be replaced."""
-
 _BY_CHOICE = "dense by choice"
-_BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
-"""What a network raises that is run or traced in a way its author did not think of."""
 _MULTIGRID = (MGICBlock, MGICConv, MGICLinear, AdditiveChannelChange, Smoothing)
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
 @dataclass(frozen=True)
@@ -177,6 +169,14 @@ class Report:
             raise UserError(f"{source}: not the report of a conversion ({type(error).__name__}: {error})") from error
 
 
+_MAKERS: dict[str, Callable[[nn.Module, "Row"], nn.Module]] = {
+    "block": lambda module, row: make_block(module, row.widths[0], row.group_size, row.coarsest, row.pooled),
+    "conv": lambda module, row: make_conv(module, row.group_size, row.coarsest),
+    "linear": lambda module, row: make_linear(module, row.group_size, row.coarsest),
+}
+"""By the action of a report."""
+
+
 def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module:
     """Replace exactly the layers of a report (`Report.layers`) in a network built anew, and return it.
 
@@ -202,7 +202,7 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
             raise UserError(f"conversion: {name} has action {action!r}; known: {', '.join(_MAKERS)}")
         try:
             model = _put(model, name, made(row, modules[name]))
-        except _Kept as reason:
+        except Kept as reason:
             raise UserError(f"conversion: {name} cannot be replaced: {reason}") from reason
     return model
 
@@ -231,10 +231,6 @@ def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Wh
     planner = _Planner(survey, choose, where or (lambda name, module: True))
     planner.visit_all()
     return planner.rows
-
-
-class _Kept(UserError):  # noqa: N818  (a reason, as a rule)
-    """Why a layer is not replaced."""
 
 
 def apply_(
@@ -268,87 +264,8 @@ def apply_(
         for row in rows:
             if row.replaced:
                 _put(model, row.name, made(row, modules[row.name]))
-    name = _name_of(model)
+    name = name_of(model)
     return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
-
-
-def input_size_of(model: nn.Module) -> tuple[int, ...]:
-    """Return the size of an input without the batch: what the network says (``pretrained_cfg``), else 224 x 224 pixels.
-
-    The channels are those of its first convolution, whatever the configuration says; unless the network does not run on
-    such an input and does on what it says (a stem that turns pixels into channels).
-    """
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = tuple(config.get("input_size", (3, 224, 224)))
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    found = size if first is None else (first.in_channels, *size[1:])
-    return size if found != size and _runs_on(model, size) and not _runs_on(model, found) else found
-
-
-def _runs_on(model: nn.Module, size: tuple[int, ...]) -> bool:
-    """Whether a network takes an input of a size, tried on the meta device."""
-    try:
-        with torch.no_grad():
-            copied(model).to("meta", torch.float32).eval()(torch.empty(1, *size, device="meta"))
-    except _BROKEN:
-        return False
-    return True
-
-
-def checked_size(input_size: Sequence[int]) -> tuple[int, ...]:
-    """Return the size of an input as a tuple.
-
-    Raises:
-        UserError: If it is not a sequence of positive integers.
-    """
-    sized = isinstance(input_size, Sequence) and not isinstance(input_size, str)
-    if not sized or not input_size or not all(type(n) is int and n > 0 for n in input_size):
-        raise UserError(f"input_size must be positive integers such as (3, 224, 224), got {input_size!r}")
-    return tuple(input_size)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a network.
-
-    Raises:
-        UserError: If it cannot be copied: it holds a tensor that a calculation made.
-    """
-    try:
-        return copy.deepcopy(model)
-    except _BROKEN as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {_line(error)}); does it hold a tensor that a "
-            "calculation made (an old weight_norm or prune, a stored activation)?"
-        ) from error
-
-
-def _name_of(model: nn.Module) -> str:
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
-
-
-def refuse(model: nn.Module) -> None:
-    """Refuse networks that are not plain modules any more."""
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    for name, module in model.named_modules():
-        kind = type(module)
-        where = f"{kind.__name__}{f' at {name}' if name else ''}"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UserError(f"{where} is scripted: convert the network before torch.jit")
-        if kind.__name__ == "OptimizedModule":
-            raise UserError(f"{where} is compiled: convert the network itself (its _orig_mod), then compile it")
-        if isinstance(module, wrapped) or kind.__name__ in (
-            "FullyShardedDataParallel",
-            "ModelEma",
-            "ModelEmaV2",
-            "ModelEmaV3",
-        ):
-            raise UserError(f"{where} wraps a network: convert the network inside (its module), then wrap it")
-        if kind.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torchao.")):
-            raise UserError(f"{where} is quantised: convert the network before quantisation")
-    integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
-    if integers:
-        raise UserError(f"{integers[0]} holds integers: convert the network before quantisation")
 
 
 def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.optim.Optimizer) -> None:
@@ -358,76 +275,6 @@ def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.opti
             raise UserError(
                 f"the optimizer holds parameters of {name}, which would be replaced: make it after converting"
             )
-
-
-@dataclass
-class Call:
-    """How a module is called.
-
-    Args:
-        inputs: Shape of the first input, where every call takes and returns one tensor.
-        output: Shape of the first output, likewise.
-        seen: How often it is called with inputs of each shape.
-    """
-
-    inputs: tuple[int, ...] | None
-    output: tuple[int, ...] | None
-    seen: Counter[tuple[int, ...] | None] = field(default_factory=Counter)
-
-
-class Survey:
-    """What one run of a network on the meta device shows.
-
-    Args:
-        model: The network; left as it is.
-        size: Size of one input without the batch.
-
-    Raises:
-        UserError: If the network does not run on such an input.
-    """
-
-    def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
-        self.model, self.size = model, size
-        self.meta = copied(model).to("meta", torch.float32).eval()  # shapes are all that matters
-        self.calls: dict[str, Call] = {}
-        self.order: list[str] = []
-        counter = FlopCounterMode(display=False)
-        names = list(self.meta.named_modules())
-        handles = [module.register_forward_hook(partial(self._see, name), with_kwargs=True) for name, module in names]
-        try:
-            with counter, torch.no_grad():
-                self.meta(torch.empty(1, *size, device="meta"))
-        except _BROKEN as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"{type(model).__name__} does not run on inputs of {size}: {type(error).__name__}: "
-                f"{reason[0] if reason else ''}; give input_size= (its program sees shapes here, no values)"
-            ) from error
-        for handle in handles:
-            handle.remove()
-        self.macs = _macs_by_name(counter, self.meta)
-        self.cost = Cost(count_trainable(model), counter.get_total_flops() // 2, size)
-
-    def _see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-        inputs, shape = (tuple(args[0].shape), tuple(output.shape)) if one else (None, None)
-        if name not in self.calls:
-            self.order.append(name)
-            self.calls[name] = Call(inputs, shape)
-        call = self.calls[name]
-        if not one:
-            call.inputs = call.output = None
-        call.seen[inputs] += 1
-
-
-def _macs_by_name(counter: FlopCounterMode, model: nn.Module) -> dict[str, int]:
-    root = type(model).__name__
-    found = {}
-    for name, flops in counter.get_flop_counts().items():
-        if name.startswith(f"{root}."):
-            found[name[len(root) + 1 :]] = sum(flops.values()) // 2
-    found[""] = counter.get_total_flops() // 2
-    return found
 
 
 class _Planner:
@@ -446,7 +293,7 @@ class _Planner:
                 owners.setdefault(p, set()).add(module)
         tied = {m for modules in owners.values() if len(modules) > 1 for m in modules}
         self.tied = {name for name, module in originals.items() if module in tied}
-        self.heads = _heads(survey)
+        self.heads = heads(survey)
         self.broken: dict[str, str] = {}
         self.rows: list[Row] = []
         self.new: dict[str, nn.Module] = {}
@@ -478,8 +325,8 @@ class _Planner:
         try:
             with counter, torch.no_grad():
                 meta.eval()(torch.empty(1, *self.survey.size, device="meta"))
-        except _BROKEN as error:
-            return f"{type(error).__name__}: {_line(error)}"
+        except BROKEN as error:
+            return f"{type(error).__name__}: {first_line(error)}"
         return int(counter.get_total_flops() // 2)
 
     def _find_broken(self) -> None:
@@ -528,11 +375,13 @@ class _Planner:
             for inner, child in module.named_modules(prefix=name):
                 if inner != name:
                     self._check(inner, child, called=bool(list(child.parameters(recurse=False))))
-            pooled = self._pooled(name, module)
+            pooled, shape = self._pooled(name, module), self.survey.calls[name].inputs
+            if shape is None:
+                raise Kept("it does not take and return one tensor")
             with torch.device("meta"):
-                new = _make_block(module, self._wanted(name, conversion, pooled))
+                new = make_block(module, shape[1], conversion.group_size, conversion.coarsest, pooled)
             self._replace(name, module, new, "block", conversion, pooled=pooled)
-        except (_Kept, ChannelConfigError) as kept:
+        except (Kept, ChannelConfigError) as kept:
             return str(kept)
         return ""
 
@@ -550,24 +399,24 @@ class _Planner:
         """Refuse what no replacement could stand in for.
 
         Raises:
-            _Kept: with the reason.
+            Kept: with the reason.
         """
         if name in self.broken:
-            raise _Kept(f"the network does not run with it replaced ({self.broken[name]})")
+            raise Kept(f"the network does not run with it replaced ({self.broken[name]})")
         if len(self.places[module]) > 1:
-            raise _Kept(f"shared: the same module stands at {', '.join(self.places[module])}")
+            raise Kept(f"shared: the same module stands at {', '.join(self.places[module])}")
         if name in self.tied:
-            raise _Kept("shared: its weights are those of another module too")
+            raise Kept("shared: its weights are those of another module too")
         if called and name not in self.survey.calls:
-            raise _Kept("functional: it is not called as a module in eval mode")
+            raise Kept("functional: it is not called as a module in eval mode")
         if parametrize.is_parametrized(module):
-            raise _Kept("its weights are computed (torch.nn.utils.parametrize)")
+            raise Kept("its weights are computed (torch.nn.utils.parametrize)")
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks):
-            raise _Kept("it has hooks, which would be lost")
+            raise Kept("it has hooks, which would be lost")
         merged = [method for method in ("reparameterize", "switch_to_deploy") if hasattr(module, method)]
         if merged:
-            raise _Kept(f"its branches are merged by {merged[0]}(): merge them first")
+            raise Kept(f"its branches are merged by {merged[0]}(): merge them first")
 
     def _layer(self, name: str, module: nn.Module, because: str) -> None:
         """Replace a single layer, or keep it with the reason."""
@@ -576,45 +425,39 @@ class _Planner:
             self._check(name, module)
             for parent in _parents(name):
                 if any(hasattr(self.modules[parent], m) for m in ("reparameterize", "switch_to_deploy")):
-                    raise _Kept(f"it is merged with others by the reparameterize() of {parent or 'the network'}")
+                    raise Kept(f"it is merged with others by the reparameterize() of {parent or 'the network'}")
             if any(_inside(name, head) for head in self.heads):
-                raise _Kept("head: the classifier")
-            if type(module) in _CONVOLUTIONS:
+                raise Kept("head: the classifier")
+            if type(module) in CONVOLUTIONS:
                 self._check_convolution(name, module)  # type: ignore[arg-type]
                 if conversion is None:
-                    raise _Kept(_BY_CHOICE)
+                    raise Kept(_BY_CHOICE)
                 with torch.device("meta"):
-                    new: nn.Module = _make_conv(module, self._wanted(name, conversion))
+                    new: nn.Module = make_conv(module, conversion.group_size, conversion.coarsest)
                 action = "conv"
             elif type(module) is nn.Linear:
                 if conversion is None:
-                    raise _Kept(_BY_CHOICE)
+                    raise Kept(_BY_CHOICE)
                 if not conversion.linear:
-                    raise _Kept("linear: replaced with linear=True only")
+                    raise Kept("linear: replaced with linear=True only")
                 with torch.device("meta"):
-                    new = _make_linear(module, self._wanted(name, conversion))
+                    new = make_linear(module, conversion.group_size, conversion.coarsest)
                 action = "linear"
             else:
-                raise _Kept(_unknown(module))
+                raise Kept(unknown(module))
             self._replace(name, module, new, action, conversion, because)
-        except (_Kept, ChannelConfigError) as kept:
+        except (Kept, ChannelConfigError) as kept:
             self._keep(name, module, str(kept))
-
-    def _wanted(self, name: str, conversion: Conversion, pooled: tuple[str, ...] = ()) -> Row:
-        """A row that says what to make."""
-        shape = self.survey.calls[name].inputs or ()
-        settings = conversion.group_size, conversion.coarsest
-        return Row(name, "", "", "", 0, 0, 0, 0, *settings, widths=shape[1:2], pooled=pooled)
 
     def _check_convolution(self, name: str, conv: nn.Conv2d) -> None:
         call = self.survey.calls[name]
         if conv.groups == conv.in_channels and conv.groups > 1:
-            raise _Kept("depthwise")
+            raise Kept("depthwise")
         if conv.groups > 1:
-            raise _Kept(f"grouped: {conv.groups} groups of {conv.in_channels // conv.groups} channels")
+            raise Kept(f"grouped: {conv.groups} groups of {conv.in_channels // conv.groups} channels")
         pointwise = conv.kernel_size == (1, 1) and self.survey.size[1:] != (1, 1)
         if pointwise and call.inputs is not None and call.inputs[2:] == (1, 1):
-            raise _Kept("attention or head: it works on one pixel")
+            raise Kept("attention or head: it works on one pixel")
 
     def _replace(
         self,
@@ -627,12 +470,12 @@ class _Planner:
         pooled: tuple[str, ...] = (),
     ) -> None:
         if not self.where(name, self.survey.model.get_submodule(name)):
-            raise _Kept("excluded by where=")
+            raise Kept("excluded by where=")
         if not name:
-            raise _Kept("the network itself: put it into an nn.Sequential")
+            raise Kept("the network itself: put it into an nn.Sequential")
         call = self.survey.calls[name]
         if call.inputs is None:
-            raise _Kept("it does not take and return one tensor")
+            raise Kept("it does not take and return one tensor")
         macs_after = 0
         try:
             for inputs, times in call.seen.items():
@@ -640,15 +483,15 @@ class _Planner:
                 with counter, torch.no_grad():
                     shape = tuple(new.eval()(torch.empty(inputs or (), device="meta")).shape)
                 if inputs == call.inputs and shape != call.output:
-                    raise _Kept(f"its copy would return {shape} instead of {call.output}")
+                    raise Kept(f"its copy would return {shape} instead of {call.output}")
                 macs_after += times * counter.get_total_flops() // 2
-        except _BROKEN as error:
-            raise _Kept(f"a narrower copy does not run ({type(error).__name__}: {_line(error)})") from error
+        except BROKEN as error:
+            raise Kept(f"a narrower copy does not run ({type(error).__name__}: {first_line(error)})") from error
         _frozen_like(module, new)
         params, macs = count_trainable(module), self.survey.macs.get(name, 0)
         weights = [sum(p.numel() for p in m.parameters()) for m in (module, new)]
         if weights[1] >= weights[0] or macs_after >= macs:
-            raise _Kept(f"it would cost as much: {weights[1]:,} parameters, {macs_after:,} MACs")
+            raise Kept(f"it would cost as much: {weights[1]:,} parameters, {macs_after:,} MACs")
         after = count_trainable(new), macs_after
         levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
         self.new[name] = new
@@ -680,11 +523,6 @@ class _Planner:
         self.rows.append(Row(name, type(module).__name__, "kept", reason, own, macs, own, macs))
 
 
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""
-
-
 def _parents(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
@@ -699,238 +537,8 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
-def _heads(survey: Survey) -> set[str]:
-    """Names of the classifiers: what timm says, else the layer that is called last, if what it returns leaves the network."""
-    config: Any = getattr(survey.model, "pretrained_cfg", None) or {}
-    named = config.get("classifier") or ()
-    found = {name for name in ([named] if isinstance(named, str) else named) if name in survey.calls}
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    last = [name for name in survey.order if isinstance(survey.meta.get_submodule(name), layers)][-1:]
-    ends = [survey.calls[name].output for name in ("", *last)]
-    if found or len(ends) < 2 or None in ends or math.prod(ends[0] or ()) != math.prod(ends[1] or ()):
-        return found
-    return set(last)
-
-
 def _inside(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
-
-
-def _unknown(module: nn.Module) -> str:
-    kind = type(module)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution"
-    if isinstance(module, nn.Conv2d):
-        return f"a convolution with a program of its own ({kind.__module__}.{kind.__name__})"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "not a convolution of images"
-    if isinstance(module, nn.Linear):
-        return f"a linear layer with a program of its own ({kind.__name__})"
-    return f"weights of its own, used by its program ({kind.__name__}: attention, embedding or functional)"
-
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-
-
-class _Shallow(fx.Tracer):
-    """Traces one module's own program; the modules in it are called, not looked into."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def is_residual(module: nn.Module) -> bool:
-    """Return whether a module adds its unchanged input to something, as `torch.fx` shows.
-
-    Examples:
-        >>> from mgic.blocks import BasicBlock
-        >>> is_residual(BasicBlock(8)), is_residual(nn.Conv2d(8, 8, 1))
-        (True, False)
-    """
-    try:
-        graph = _Shallow().trace(module)
-    except (*_BROKEN, fx.proxy.TraceError):
-        return False
-    inputs = [node for node in graph.nodes if node.op == "placeholder"][:1]
-
-    def unchanged(node: Any) -> bool:
-        if not isinstance(node, fx.Node):
-            return False
-        if node.op != "call_module":
-            return node in inputs
-        called = module.get_submodule(str(node.target))
-        empty = isinstance(called, nn.Sequential) and len(called) == 0
-        return (empty or isinstance(called, nn.Identity | nn.Dropout | DropPath)) and unchanged(node.args[0])
-
-    return any(
-        (node.op == "call_function" and node.target in _ADDITIONS)
-        or (node.op == "call_method" and node.target in ("add", "add_"))
-        for node in graph.nodes
-        if len(node.args) > 1 and (unchanged(node.args[0]) or unchanged(node.args[1]))
-    )
-
-
-def _make_conv(module: nn.Module, wanted: Row) -> MGICConv:
-    conv: Any = module
-    group_size, coarsest = wanted.group_size, wanted.coarsest
-    if type(conv) not in _CONVOLUTIONS or conv.groups != 1:
-        raise _Kept(_unknown(conv))
-    narrow = min(conv.in_channels, conv.out_channels)
-    if narrow <= coarsest:
-        raise _Kept(f"too narrow: {narrow} channels are at most coarsest={coarsest}")
-    keywords = {
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        "bias": conv.bias is not None,
-    }
-    new = MGICConv(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        group_size,
-        coarsest,
-        **keywords,
-        padding_mode=conv.padding_mode,
-    )
-    if len(new.levels) < 2:
-        raise _Kept(f"the widths {conv.in_channels} and {conv.out_channels} cannot be halved")
-    if type(conv) is Conv2dSame:  # it pads by itself, as the size of its input asks for
-        for relax in new.relax:
-            relax.__class__ = Conv2dSame
-    with torch.no_grad():
-        std = float(conv.weight.std()) if not conv.weight.is_meta else 1.0
-        scale = std * math.sqrt(3 * conv.weight[0].numel())  # over the default draw of nn.Conv2d
-        for relax in new.relax:
-            relax.weight.mul_(scale)  # type: ignore[operator]
-        if conv.bias is not None:
-            new.relax[0].bias.copy_(conv.bias)  # type: ignore[operator]
-    return new
-
-
-def _make_linear(module: nn.Module, wanted: Row) -> MGICLinear:
-    linear: Any = module
-    group_size, coarsest = wanted.group_size, wanted.coarsest
-    if not isinstance(linear, nn.Linear):
-        raise _Kept(_unknown(linear))
-    narrow = min(linear.in_features, linear.out_features)
-    if narrow <= coarsest:
-        raise _Kept(f"too narrow: {narrow} features are at most coarsest={coarsest}")
-    new = MGICLinear(linear.in_features, linear.out_features, group_size, coarsest, bias=linear.bias is not None)
-    if len(new.cycle.levels) < 2:
-        raise _Kept(f"the widths {linear.in_features} and {linear.out_features} cannot be halved")
-    if linear.bias is not None:
-        with torch.no_grad():
-            new.bias.copy_(linear.bias)  # type: ignore[union-attr]
-    return new
-
-
-def _make_block(module: nn.Module, wanted: Row) -> MGICBlock:
-    """Wrap a residual block: each level is a copy of it, narrower and in groups."""
-    group_size, coarsest, pooled = wanted.group_size, wanted.coarsest, wanted.pooled
-    convs: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, nn.Conv2d)}
-    dense = [conv for name, conv in convs.items() if name not in pooled and conv.groups < conv.in_channels]
-    if not dense:
-        raise _Kept("it has no dense convolution")
-    widths = sorted({w for conv in dense for w in (conv.in_channels, conv.out_channels)})
-    channels = wanted.widths[0]
-    others = [w for w in widths if w != channels]
-    hidden = min(others) if others else None
-    levels = plan_levels(channels, group_size, coarsest, hidden)
-    if len(levels) < 2:
-        narrow = min(hidden or channels, channels)
-        if narrow <= coarsest:
-            raise _Kept(f"too narrow: {narrow} channels are at most coarsest={coarsest}")
-        raise _Kept(f"the widths {', '.join(map(str, widths))} cannot be halved")
-
-    def level(width: int, groups: int, *inner: int) -> nn.Module:
-        return narrowed(module, channels // width, groups, pooled)
-
-    return MGICBlock(level, channels, group_size, coarsest, hidden)
-
-
-_MAKERS: dict[str, Callable[..., nn.Module]] = {"block": _make_block, "conv": _make_conv, "linear": _make_linear}
-
-
-def narrowed(block: nn.Module, divisor: int, groups: int, pooled: Iterable[str] = ()) -> nn.Module:
-    """Return a copy of a block with all widths divided, its dense convolutions in groups.
-
-    Depthwise convolutions stay depthwise, grouped ones keep at least their groups, convolutions on one pixel stay dense.
-    Weights are drawn anew, as widely as the fan-in asks for compared with those of the block; norms and scales keep their
-    first values.
-
-    Args:
-        block: Any block made of convolutions, norms, scales by channel and layers without weights.
-        divisor: What widths are divided by.
-        groups: Groups of its dense convolutions.
-        pooled: Names of its convolutions that work on one pixel.
-
-    Raises:
-        UserError: If a layer is of a kind whose width is not known, or a width is not divisible.
-    """
-    twin = copy.deepcopy(block)
-    pooled = set(pooled)
-    widths = {w for m in block.modules() if isinstance(m, nn.Conv2d) for w in (m.in_channels, m.out_channels)}
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            _narrow_convolution(name, module, divisor, groups, name in pooled)
-        else:
-            _narrow_tensors(name, module, divisor, widths)
-    return twin
-
-
-def _narrow_convolution(name: str, conv: nn.Conv2d, divisor: int, groups: int, pooled: bool) -> None:
-    if type(conv) not in _CONVOLUTIONS:
-        raise _Kept(f"{name}: {_unknown(conv)}")
-    inputs, outputs = -(-conv.in_channels // divisor), -(-conv.out_channels // divisor)
-    if not pooled and (conv.in_channels % divisor or conv.out_channels % divisor):
-        raise _Kept(f"{name}: the widths {conv.in_channels} and {conv.out_channels} cannot be divided by {divisor}")
-    if conv.groups == conv.in_channels and conv.groups > 1:
-        groups = inputs
-    elif pooled and conv.groups == 1:
-        groups = 1
-    else:
-        wanted = max(groups, conv.groups // divisor)
-        groups = math.gcd(wanted, math.gcd(inputs, outputs))
-    if inputs % groups or outputs % groups:
-        raise _Kept(f"{name}: {groups} groups do not divide {inputs} and {outputs}")
-    old = conv.weight
-    fan_in = inputs // groups * math.prod(conv.kernel_size)
-    std = 0.0 if old.is_meta or old.numel() < 2 else float(old.detach().std()) * math.sqrt(old[0].numel() / fan_in)
-    conv.in_channels, conv.out_channels, conv.groups = inputs, outputs, groups
-    conv.weight = nn.Parameter(old.new_empty(outputs, inputs // groups, *conv.kernel_size).normal_(std=std))
-    if conv.bias is not None:
-        conv.bias = nn.Parameter(conv.bias.detach()[:outputs].clone())
-
-
-def _narrow_tensors(name: str, module: nn.Module, divisor: int, widths: set[int]) -> None:
-    """Keep the first channels of a norm, a scale by channel or an activation with weights."""
-    sliced = False
-    for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if tensor.numel() < 2 and tensor.numel() not in widths:
-            continue
-        axes = [axis for axis, length in enumerate(tensor.shape) if length > 1]
-        if len(axes) != 1 or tensor.shape[axes[0]] not in widths:
-            raise _Kept(
-                f"{name or type(module).__name__}: {key} of {tuple(tensor.shape)} is not a value for each channel"
-            )
-        kept = tensor.detach().narrow(axes[0], 0, -(-tensor.shape[axes[0]] // divisor)).clone()
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(kept, tensor.requires_grad)
-        else:
-            module._buffers[key] = kept
-        sliced = True
-    if not sliced and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
-        return
-    for attribute in ("num_features", "num_channels", "num_parameters"):
-        if hasattr(module, attribute):
-            setattr(module, attribute, -(-getattr(module, attribute) // divisor))
-    if isinstance(module, nn.GroupNorm):
-        module.num_groups = math.gcd(module.num_groups, module.num_channels)
-    if isinstance(module, nn.LayerNorm):
-        if len(module.normalized_shape) != 1:
-            raise _Kept(f"{name}: a layer norm over {module.normalized_shape}")
-        module.normalized_shape = (-(-module.normalized_shape[0] // divisor),)
 
 
 def _notes(rows: Sequence[Row], survey: Survey) -> list[str]:

@@ -18,7 +18,9 @@ from mgic.counting import cost, count_trainable
 from mgic.cycle import MGICBlock, MGICConv, MGICLinear
 from mgic.errors import ChannelConfigError, UserError
 from mgic.hierarchy import BASIC, BOTTLENECK, count_macs, count_params, plan_levels
-from mgic.surgery import Conversion, Report, is_residual, narrowed, rebuild_
+from mgic.surgery import Conversion, Report, rebuild_
+from mgic.survey import is_residual
+from mgic.twins import narrowed
 
 FULL = os.environ.get("MGIC_FAULTS") == "full"
 NARROW = Conversion(group_size=4, coarsest=8)

@@ -17,6 +17,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"cycle", "smoothing", "counting", "representation"},
     {"kernels"},
     {"runtime"},
+    {"survey", "twins"},
     {"surgery"},
     {"conversion", "fitting"},
     {"models", "data"},
