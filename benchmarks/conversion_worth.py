@@ -26,7 +26,7 @@ from mgic.data import load_data
 from mgic.fitting import warm_start_
 from mgic.surgery import Conversion
 from mgic.training import RECIPES, evaluate, make_record, train, write_record
-from mgic.training.checkpoint import load_network
+from mgic.training.weights import load_network
 
 DENSE = replace(
     RECIPES["fashion_mnist"],

@@ -19,7 +19,7 @@ import torch
 import mgic
 from mgic.data import load_data
 from mgic.training import RECIPES, Recipe, RunSummary, make_record, train, write_record
-from mgic.training.checkpoint import finished_run
+from mgic.training.folder import finished_run
 from mgic.training.records import training_metrics
 
 SERIES = {"function_net": "MobileNetV3", "ghost_function_net": "GhostNet", "mgic_function_net": "MGIC"}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mgic.training.checkpoint import write_json
+from mgic.training.files import write_json
 
 
 def fingerprint(*files: Path) -> int:

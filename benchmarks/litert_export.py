@@ -18,7 +18,7 @@ from mgic.benchmarking import Network
 from mgic.exporting import TOLERANCE, count_convolutions, signal_to_error
 from mgic.models import build_model
 from mgic.runtime.paths import relative_error
-from mgic.training.checkpoint import fill, read_safetensors
+from mgic.training.weights import fit_weights, read_safetensors
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
 
@@ -33,7 +33,7 @@ def main() -> int:
     model, size = network.build()
     if args.weights:
         model = build_model(network.name, network.args).eval()
-        fill(model, read_safetensors(args.weights), args.weights, str(network))
+        fit_weights(model, read_safetensors(args.weights), f"{args.weights} does not fit {network}")
     x, fresh = torch.randn(1, *size), torch.randn(1, *size)
     staged = args.out.with_name(f".tmp-{args.out.name}")
     try:

@@ -637,7 +637,7 @@ def run_benchmark(
 
 def _kept(one: Group, rounds: int, seconds: float, file: Path | None) -> list[Timing]:
     """The timings of a group: those of the file if it is of the same setting, else new ones, which the file then gets."""
-    from .training.checkpoint import write_json
+    from .training.files import write_json
     from .training.records import commit, machine, versions
 
     setting = {"cases": [asdict(case) for case in one.cases], "rounds": rounds, "seconds": seconds}

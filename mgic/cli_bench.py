@@ -87,7 +87,7 @@ def run_bench(args: Namespace, given: Sequence[str]) -> int:
     from rich.console import Console
 
     from .benchmarking import plot, run_benchmark
-    from .training.checkpoint import check_writable, write_json, write_text
+    from .training.files import check_writable, write_json, write_text
 
     for path in (args.json, args.csv, args.plot, args.record):
         if path is not None:

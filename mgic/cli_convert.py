@@ -65,7 +65,7 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     from .converted import Converted, save_converted
     from .reporting import conversion_table
     from .surgery import Conversion
-    from .training.checkpoint import check_writable
+    from .training.files import check_writable
 
     if args.out is None and not args.dry_run:
         raise UserError("--out is missing: the folder of the converted network; or give --dry-run")
@@ -166,7 +166,7 @@ def _print_budget(report: "Report", say: Any) -> None:
 def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
     """Return the network, its name and arguments, and calibration inputs where they are asked for."""
     from .models import create_model
-    from .training.checkpoint import fit_weights, load_network, load_start
+    from .training.weights import fit_weights, load_network, load_start
 
     folder = Path(args.source)
     if folder.is_dir():

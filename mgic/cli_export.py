@@ -141,7 +141,7 @@ def load_source(args: Namespace) -> Source:
 
     from .benchmarking import Network, random_norms_
     from .models import build_model
-    from .training.checkpoint import fit_weights, read_safetensors
+    from .training.weights import fit_weights, read_safetensors
 
     network = Network.parse(args.source)
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def _formats(names: Sequence[str]) -> "dict[str, Format]":
 
 def _check(args: Namespace, formats: "dict[str, Format]") -> None:
     """Refuse, before any work, what could not end well."""
-    from .training.checkpoint import check_writable
+    from .training.files import check_writable
 
     for name, kind in formats.items():
         for package in kind.packages:
@@ -198,7 +198,7 @@ def _check(args: Namespace, formats: "dict[str, Format]") -> None:
 def _calibration(source: Source, args: Namespace) -> "tuple[list[Tensor], Callable[[Run], float] | None]":
     """Random training samples, as the network sees them in training but not augmented; and the score on test samples."""
     from .data import load_data, padded
-    from .training.checkpoint import different
+    from .training.folder import different
 
     if args.data is not None:
         data = load_data(args.data, args.root, args.download, **args.data_args)

@@ -25,7 +25,7 @@ def print_json(value: Any) -> None:
 
 def check_output(*paths: Path | None) -> None:
     """Refuse, before any work, output files that cannot be written."""
-    from .training.checkpoint import check_writable
+    from .training.files import check_writable
 
     for path in paths:
         if path is not None:

@@ -21,7 +21,7 @@ def add_report(parser: ArgumentParser) -> None:
 def run_report(args: Namespace, given: Sequence[str]) -> int:
     """Run ``report``."""
     from .page import MODELS, build_page
-    from .training.checkpoint import write_text
+    from .training.files import write_text
 
     check_output(args.out)
     out = console(stderr=True)

@@ -121,12 +121,12 @@ def run_train(args: Namespace, given: Sequence[str]) -> int:
         return 0
     _show_runs(runs, data.task)
     if args.json_summary is not None:
-        from .training.checkpoint import write_json
+        from .training.files import write_json
 
         whole = runs[0].to_dict() if args.seeds is None else {"runs": [run.to_dict() for run in runs]}
         write_json(args.json_summary, whole)
     if args.record is not None:
-        from .training.checkpoint import read_sources
+        from .training.folder import read_sources
 
         write_training_record(args.record, recipe, data, runs, command_of(given), read_sources(folders[0]))
     return 0
@@ -199,8 +199,8 @@ def train_seeds(
     from dataclasses import replace
 
     from .training import RunSummary, train
-    from .training.checkpoint import finished_run
     from .training.distillation import note_sources
+    from .training.folder import finished_run
 
     runs = []
     for seed, folder in zip(seeds, folders, strict=True):
@@ -310,7 +310,9 @@ def run_evaluate(args: Namespace, given: Sequence[str]) -> int:
     from dataclasses import replace
 
     from .training import evaluate, load_run
-    from .training.checkpoint import different, fit_weights, read_json
+    from .training.files import read_json
+    from .training.folder import different
+    from .training.weights import fit_weights
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
@@ -372,7 +374,7 @@ def add_predict(parser: ArgumentParser) -> None:
 def run_predict(args: Namespace, given: Sequence[str]) -> int:
     """Run ``predict``."""
     from .prediction import Predictor, files_in
-    from .training.checkpoint import check_writable, write_json
+    from .training.files import check_writable, write_json
     from .training.outside import progress_bar
 
     files = files_in(args.inputs)
@@ -428,7 +430,7 @@ def run_demo(args: Namespace, given: Sequence[str]) -> int:
     from .data import load_data
     from .models import check_model
     from .reporting import compare_table, plot_curves
-    from .training.checkpoint import write_json
+    from .training.files import write_json
 
     check_seeds(args.seeds)
     if not args.models or len(set(args.models)) < len(args.models):

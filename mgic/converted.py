@@ -14,7 +14,8 @@ from .errors import UserError
 from .models import build_model, check_strange, create_model
 from .reporting import conversion_page
 from .surgery import Report
-from .training.checkpoint import fit_weights, load_weights, save_weights, write_json, write_text
+from .training.files import write_json, write_text
+from .training.weights import fit_weights, load_weights, save_weights
 
 SCHEMA = 1
 FILE, WEIGHTS, PAGE, RECIPE = "conversion.json", "model.safetensors", "report.html", "recipe.yaml"

@@ -50,7 +50,8 @@ from .runtime.paths import (
     to_onnx,
     torch_threads,
 )
-from .training.checkpoint import read_json, room_for, told_when_full, write_json
+from .training.files import read_json, told_when_full, write_json
+from .training.weights import room_for
 
 SCHEMA = 1
 TOLERANCE = 1e-4

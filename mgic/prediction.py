@@ -15,7 +15,7 @@ from .data.images import IMAGE_SUFFIXES, centre_crop, open_image, whole_image
 from .data.masks import inference, overlay, palette
 from .data.points import POINT_SUFFIXES, prepare_points, read_points
 from .errors import UserError
-from .training.checkpoint import write_atomically
+from .training.files import write_atomically
 from .training.recipes import Recipe
 
 TOP = 5

@@ -32,25 +32,21 @@ from .errors import UserError
 from .models import build_model, check_strange, create_model
 from .prediction import from_files
 from .runtime.paths import BROKEN
-from .training.checkpoint import (
+from .training.files import read_json, sha256, told_when_full, write_json, write_text
+from .training.folder import read_sources
+from .training.recipes import Recipe
+from .training.records import without_folder
+from .training.weights import (
     TrainedNetwork,
     fit_weights,
     load_network,
     load_weights,
-    read_json,
     read_safetensors,
-    read_sources,
     require_finished,
     room_for,
     save_weights,
     scores,
-    sha256,
-    told_when_full,
-    write_json,
-    write_text,
 )
-from .training.recipes import Recipe
-from .training.records import without_folder
 
 SCHEMA = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"

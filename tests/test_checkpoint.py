@@ -4,6 +4,7 @@ import errno
 import hashlib
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -19,20 +20,10 @@ from torch import nn
 import mgic
 from mgic.errors import UserError
 from mgic.training import CorruptCheckpoint, DiskFull, Recipe, load_run, train
-from mgic.training import checkpoint as module
-from mgic.training.checkpoint import (
-    RunFolder,
-    fit_weights,
-    load_checkpoint,
-    load_start,
-    load_weights,
-    newest_checkpoint,
-    save_checkpoint,
-    save_weights,
-    start_from,
-    write_atomically,
-    write_text,
-)
+from mgic.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mgic.training.files import write_atomically, write_text
+from mgic.training.folder import RunFolder
+from mgic.training.weights import fit_weights, load_start, load_weights, save_weights, start_from
 
 
 @pytest.fixture
@@ -210,8 +201,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
 def test_r7_too_little_space_is_one_message_with_both_numbers_and_the_old_checkpoint_stays(tmp_path, monkeypatch):
     folder = _three_saved(tmp_path / "run")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with pytest.raises(DiskFull, match=r"disk full: 1,265,5\d\d bytes needed and 1,000,000 free") as error:
         save_checkpoint(folder / "step-000000004.ckpt", {"schema": 1, "w": torch.zeros(250_000)})
     assert error.value.errno == errno.ENOSPC
@@ -229,9 +220,9 @@ def test_r7_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path, monkeypatch)
         save_checkpoint(folder / "a.ckpt", {"schema": 1, "w": torch.zeros(50_000)})
         with pytest.raises(DiskFull, match=r"bytes needed and .* free"):
             save_checkpoint(folder / "b.ckpt", {"schema": 1, "w": torch.zeros(500_000)})
-        usage = module.shutil.disk_usage(folder)  # and when somebody else takes the room after we looked:
+        usage = shutil.disk_usage(folder)  # and when somebody else takes the room after we looked:
         answers = iter([usage._replace(free=10**9)])
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: next(answers, usage))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: next(answers, usage))
         with pytest.raises(DiskFull, match=r"bytes needed and .* free"):
             save_checkpoint(folder / "b.ckpt", {"schema": 1, "w": torch.zeros(500_000)})
         monkeypatch.undo()

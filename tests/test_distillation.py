@@ -15,8 +15,11 @@ from mgic.cli import main
 from mgic.data import augment_batch, epoch_order, random_key, regression
 from mgic.errors import UserError
 from mgic.training import CorruptCheckpoint, load_network, load_run, load_start, read_record, train
-from mgic.training.checkpoint import newest_checkpoint, read_recipe, read_sources, save_weights, sha256
+from mgic.training.checkpoint import newest_checkpoint
 from mgic.training.distillation import common_features, feature_loss, logit_loss, outputs_and_features
+from mgic.training.files import sha256
+from mgic.training.folder import read_recipe, read_sources
+from mgic.training.weights import save_weights
 
 
 class Staged(nn.Module):

@@ -30,13 +30,9 @@ from tiny import RECIPE, STEPS_PER_EPOCH, stripes, tiny
 from mgic.data import base, load_data
 from mgic.errors import Stopped, UserError
 from mgic.training import DiskFull, Interrupted, load_network, load_start, train
-from mgic.training.checkpoint import (
-    RunFolder,
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    newest_checkpoint,
-)
+from mgic.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from mgic.training.folder import RunFolder
+from mgic.training.weights import load_weights
 
 TOTAL = RECIPE.epochs * STEPS_PER_EPOCH
 PRELOADED = [

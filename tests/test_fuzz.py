@@ -43,7 +43,8 @@ from mgic.exporting import describe_artefact
 from mgic.models import build_model
 from mgic.surgery import Conversion, Report
 from mgic.training import Recipe, make_record, read_record, write_record
-from mgic.training.checkpoint import RunFolder, load_run, read_safetensors, save_weights
+from mgic.training.folder import RunFolder
+from mgic.training.weights import load_run, read_safetensors, save_weights
 
 FULL = os.environ.get("MGIC_FAULTS") == "full"
 

@@ -29,7 +29,8 @@ from mgic.errors import UserError
 from mgic.exporting import Artefact, load_artefact
 from mgic.publishing import from_pretrained
 from mgic.training import CorruptCheckpoint, Recipe, load_network, load_run, load_start, read_record, train
-from mgic.training.checkpoint import RunFolder, load_checkpoint, read_recipe, save_checkpoint
+from mgic.training.checkpoint import load_checkpoint, save_checkpoint
+from mgic.training.folder import RunFolder, read_recipe
 
 # R5: whoever loads one of these with an unrestricted unpickler creates the sentinel file (or allocates 2^60 bytes).
 

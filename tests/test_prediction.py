@@ -12,7 +12,8 @@ from mgic.cli import main
 from mgic.data import load_data, padded
 from mgic.data.points import prepare_points
 from mgic.training import Recipe, evaluate, load_run
-from mgic.training.checkpoint import save_weights, write_json, write_text
+from mgic.training.files import write_json, write_text
+from mgic.training.weights import save_weights
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The project's own promises: imports point one way, public names exist, the README's commands and numbers are true."""
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_imports_point_one_way():
 
 
 SIBLINGS = {("hierarchy", "errors"), ("smoothing", "cycle"), ("__main__", "cli"), ("cli", "__version__")}
+
+
+def test_scripts_import_what_is_there():
+    """Also those that need packages which are not installed here, and so are run nowhere."""
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    wrong = []
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mgic":
+                home = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(home, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}"):
+                        wrong.append(f"{path.name}: {node.module} has no {alias.name}")
+    assert not wrong
 
 
 def test_training_and_reporting_name_no_model():

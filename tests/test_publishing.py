@@ -25,7 +25,8 @@ from mgic.data import LICENCES, LOADERS, licence, load_data
 from mgic.errors import UserError
 from mgic.publishing import from_pretrained, publish, push
 from mgic.training import RECIPES, CorruptCheckpoint, Recipe, load_network, load_start, train
-from mgic.training.checkpoint import save_weights, sha256
+from mgic.training.files import sha256
+from mgic.training.weights import save_weights
 
 FRESH = """
 import sys, torch, timm, mgic.models

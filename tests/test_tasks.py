@@ -13,7 +13,8 @@ from mgic.data import WHOLE, Augmentation, Data, classification, epoch_order, lo
 from mgic.data.base import in_order, read_batches
 from mgic.errors import UserError
 from mgic.training import RunSummary, evaluate, load_run, train
-from mgic.training.checkpoint import different, finished_run, write_json
+from mgic.training.files import write_json
+from mgic.training.folder import different, finished_run
 from mgic.training.records import make_record, training_metrics
 
 

@@ -36,7 +36,8 @@ from mgic.training import (
     train,
     write_record,
 )
-from mgic.training.checkpoint import newest_checkpoint, read_recipe
+from mgic.training.checkpoint import newest_checkpoint
+from mgic.training.folder import read_recipe
 from mgic.training.loop import average_
 from mgic.training.records import training_metrics
 

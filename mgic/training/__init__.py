@@ -9,31 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import (
-        CorruptCheckpoint,
-        DiskFull,
-        SavedRun,
-        Start,
-        TrainedNetwork,
-        load_network,
-        load_run,
-        load_start,
-    )
+    from .checkpoint import CorruptCheckpoint
+    from .files import DiskFull
     from .loop import NonFiniteLoss, RunSummary, evaluate, train
     from .outside import Interrupted
     from .parallel import Elsewhere, LostProcess
     from .recipes import RECIPES, Recipe
     from .records import make_record, read_record, write_record
+    from .weights import SavedRun, Start, TrainedNetwork, load_network, load_run, load_start
 
 _HOME = {
     "CorruptCheckpoint": "checkpoint",
-    "DiskFull": "checkpoint",
-    "SavedRun": "checkpoint",
-    "Start": "checkpoint",
-    "TrainedNetwork": "checkpoint",
-    "load_network": "checkpoint",
-    "load_run": "checkpoint",
-    "load_start": "checkpoint",
+    "DiskFull": "files",
+    "SavedRun": "weights",
+    "Start": "weights",
+    "TrainedNetwork": "weights",
+    "load_network": "weights",
+    "load_run": "weights",
+    "load_start": "weights",
     "Elsewhere": "parallel",
     "LostProcess": "parallel",
     "Interrupted": "outside",

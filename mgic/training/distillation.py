@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from ..data import Data
 from ..errors import UserError
-from .checkpoint import Start, TrainedNetwork, require_finished
 from .parallel import moments
 from .recipes import Recipe
+from .weights import Start, TrainedNetwork, require_finished
 
 
 def logit_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -202,7 +202,7 @@ class Distillation:
 
 
 def note_sources(teacher: TrainedNetwork | None, init: Start | None) -> dict[str, Any]:
-    """What a run notes down about the trained weights it depends on; see `mgic.training.checkpoint.RunFolder`."""
+    """What a run notes down about the trained weights it depends on; see `mgic.training.folder.RunFolder`."""
     sources: dict[str, Any] = {}
     if teacher is not None:
         sources["teacher"] = {**teacher.origin, "mean": teacher.data["mean"], "std": teacher.data["std"]}

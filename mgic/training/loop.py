@@ -30,13 +30,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..data import Augmentation, Data, WorkerLost, epoch_order, random_key
 from ..errors import Stopped, UserError
-from .checkpoint import SCHEMA, RunFolder, Start, TrainedNetwork, save_weights, start_from, write_json
+from .checkpoint import SCHEMA
 from .distillation import Distillation, check_teacher, note_sources
 from .fast import fast_training_
+from .files import write_json
+from .folder import RunFolder
 from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
 from .parallel import ALONE, Processes, check_share, layout, synchronize_norms_, world_size
 from .recipes import Recipe
 from .records import provenance, versions
+from .weights import Start, TrainedNetwork, save_weights, start_from
 
 MAX_NONFINITE_STEPS = 3
 logger = logging.getLogger(__name__)
@@ -125,7 +128,7 @@ def train(
         recipe: What to do.
         build_model: Makes the network; called once, with PyTorch's generator seeded by the recipe.
         data: What to train on; see `mgic.data.load_data`.
-        out: Folder of the run; see `mgic.training.checkpoint.RunFolder`. Of several processes the first alone uses it.
+        out: Folder of the run; see `mgic.training.folder.RunFolder`. Of several processes the first alone uses it.
         teacher: Network to learn from, as the recipe's ``distill_`` fields say; see `mgic.training.distillation`. It is left
             as it is. A run is continued with the same teacher only.
         init: Weights to start from; a run is continued with the same ones only.

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import Stopped
-from .checkpoint import write_text
+from .files import write_text
 
 
 class Interrupted(Stopped):

@@ -113,7 +113,7 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: The record lacks a field, or a field has the wrong type.
     """
-    from .checkpoint import write_json
+    from .files import write_json
 
     _check(record, str(path))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
