@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from mgic.benchmarking import Network, group, run_benchmark
-from mgic.exporting import FORMATS, Rejected, export
+from mgic.exporting import Rejected, export
+from mgic.formats import FORMATS
 from mgic.training import make_record, write_record
 
 NETWORKS = ("torchvision:resnet50", "torchvision:resnet50:conversion={group_size: 32, coarsest: 64}")

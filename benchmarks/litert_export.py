@@ -15,7 +15,8 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 
 from mgic.benchmarking import Network
-from mgic.exporting import TOLERANCE, count_convolutions, signal_to_error
+from mgic.exporting import count_convolutions, signal_to_error
+from mgic.formats import TOLERANCE
 from mgic.models import build_model
 from mgic.runtime.paths import relative_error
 from mgic.training.weights import fit_weights, read_safetensors

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from .counting import Cost, cost
 from .errors import UserError, suggest
-from .exporting import FORMATS, describe_artefact, format_of, load_artefact
+from .exporting import describe_artefact, format_of, load_artefact
+from .formats import FORMATS
 from .models import TORCHVISION, create_model
 from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
 from .training.fast import fast_training_

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .data import Data
-    from .exporting import Artefact, Format
+    from .exporting import Artefact
+    from .formats import Format
     from .runtime.paths import Run
     from .training import Recipe
 
@@ -161,7 +162,7 @@ def load_source(args: Namespace) -> Source:
 
 
 def _formats(names: Sequence[str]) -> "dict[str, Format]":
-    from .exporting import FORMATS
+    from .formats import FORMATS
 
     if not names or len(set(names)) < len(names):
         raise UserError(f"--to must be different formats, got {names}")

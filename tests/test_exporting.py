@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 import mgic
-from mgic import cli_export, exporting
+from mgic import cli_export, exporting, formats
 from mgic.benchmarking import Case, ExportedFile, group, measure
 from mgic.cli import main
 from mgic.data import load_data
 from mgic.errors import UserError
-from mgic.exporting import FORMATS, Format, Rejected, count_convolutions, export, load_artefact
+from mgic.exporting import Rejected, count_convolutions, export, load_artefact
+from mgic.formats import FORMATS, Format
 from mgic.models.points import DiffConv, differential_operators
 from mgic.runtime.paths import relative_error
 from mgic.training import evaluate
@@ -221,8 +222,8 @@ def test_a_norm_that_follows_no_convolution_is_none_in_executorch(tmp_path, monk
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)).eval()
     made = export(model, inputs(1), tmp_path / "a.pte", format="executorch")
     assert made.convolutions == {"expected": 2, "found": 2}
-    monkeypatch.setattr(exporting, "_is_norm", lambda fields: False)
-    assert exporting.count_executorch(tmp_path / "a.pte") == 3
+    monkeypatch.setattr(formats, "_is_norm", lambda fields: False)
+    assert formats.count_executorch(tmp_path / "a.pte") == 3
 
 
 def test_int8_below_25_decibels_is_rejected_and_above_it_is_not(tmp_path):
@@ -300,7 +301,7 @@ def test_a_sparse_transfer_becomes_one_plain_convolution(tmp_path):
     assert torch.equal(down.fuse()(x), down(x))
     artefact = export(model, x, tmp_path / "a.pt2", format="torch")
     assert artefact.convolutions == {"expected": 2, "found": 2}
-    program = exporting._torch_program(tmp_path / "a.pt2")
+    program = formats._torch_program(tmp_path / "a.pt2")
     assert {str(n.target) for n in program.graph.nodes if n.op == "call_function"} == {"aten.conv2d.default"}
 
 
@@ -435,7 +436,7 @@ def test_r5_a_pt2_file_that_would_run_code_is_refused(attack, copies, tmp_path):
             model["guards_code"] = [f"{code} is not None"]
         else:
             text = json.dumps(model)
-            old = json.dumps(next(exporting._values(model, "expr_str")))
+            old = json.dumps(next(formats._values(model, "expr_str")))
             model = json.loads(text.replace(old, json.dumps(code)))
         parts[name] = json.dumps(model).encode()
     with zipfile.ZipFile(file, "w") as archive:
@@ -590,7 +591,7 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
         "import sys, time, torch\n"
         "from dataclasses import replace\n"
         "from mgic import cli_export, cli\n"
-        "from mgic.exporting import FORMATS\n"
+        "from mgic.formats import FORMATS\n"
         "def write(job, file):\n"
         "    file.write_bytes(b'half')\n"
         "    print('writing', flush=True)\n"

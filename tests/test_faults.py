@@ -467,14 +467,14 @@ def _interrupted_in_validation(folder, monkeypatch):
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_r27_an_interrupted_export_leaves_nothing_new_and_nothing_half_written(tmp_path, monkeypatch, signum, trials):
-    from mgic import exporting
     from mgic.cli import main
+    from mgic.formats import FORMATS
 
     def write(job, file):
         file.write_bytes(b"half")
         signal.raise_signal(signum)
 
-    monkeypatch.setitem(exporting.FORMATS, "torch", replace(exporting.FORMATS["torch"], write=write))
+    monkeypatch.setitem(FORMATS, "torch", replace(FORMATS["torch"], write=write))
     older = tmp_path / "mgic_resnet20.pt2"
     older.write_bytes(b"older")
     for _ in range(10 if trials.full else 1):
@@ -618,7 +618,8 @@ def test_r7_on_a_full_disk_every_verb_that_writes_says_so_and_leaves_what_was_th
 
 
 def test_r7_an_export_that_fills_the_disk_keeps_the_older_file(small_disk):
-    from mgic.exporting import FORMATS, export
+    from mgic.exporting import export
+    from mgic.formats import FORMATS
 
     path = small_disk / "net.pt2"
     path.write_bytes(b"older")

@@ -26,6 +26,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"training"},
     {"experiments"},
     {"svg", "reporting"},
+    {"formats"},
     {"prediction", "converted", "exporting"},
     {"publishing"},
     {"benchmarking", "page"},
