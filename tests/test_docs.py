@@ -110,7 +110,10 @@ def test_the_table_of_memory_is_the_record():
     bench = record("bench-efficiency.json")
     timings = medians(bench)
     assert table("docs/choosing.md", "peak") == [
-        [short(c["network"]), *(f"{timings[network, 'engine']['peak_mib']:.0f}" for network in (c["peer"], c["network"]))]
+        [
+            short(c["network"]),
+            *(f"{timings[network, 'engine']['peak_mib']:.0f}" for network in (c["peer"], c["network"])),
+        ]
         for c in bench["comparisons"]
     ]
 
