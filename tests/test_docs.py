@@ -1,0 +1,168 @@
+"""The Python on the pages runs, in order, and prints what the pages say."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("docs/theory.md", "docs/choosing.md")
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n?```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
+
+
+def run_blocks(page):
+    """Execute the Python of a page, all in one namespace, and compare what it prints with what the page says.
+
+    A block says it behind its print calls, ``print(...)  # said``, one line each, or whole in a block of ``text`` right
+    below it. Lines it prints and the page leaves unsaid may stand between. Files go to the current folder.
+
+    Args:
+        page: Path from the root of the project.
+
+    Returns:
+        The number of lines that were compared.
+    """
+    text = (ROOT / page).read_text()
+    namespace = {"__name__": "__main__"}
+    compared = 0
+    for match in BLOCK.finditer(text):
+        code, shown = match.groups()
+        line = text.count("\n", 0, match.start(1))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + code, page, "exec"), namespace)  # noqa: S102
+        if shown is not None:
+            assert printed.getvalue() == shown, f"{page}, line {line + 1}"
+        said = re.findall(r"print\(.*\)  # (.*)", code)
+        lines = printed.getvalue().splitlines()
+        remaining = iter(lines)
+        for expected in said:
+            assert expected in remaining, f"{page}, block of line {line + 1}: {expected!r} is not among {lines}"
+        compared += len(said) + (shown or "").count("\n")
+    return compared
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(page) >= 3
+
+
+def test_what_a_page_says_wrongly_is_found(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    for said, right in (("3", True), ("4", False)):
+        page.write_text(f"```python\nx = 1\nprint(0)\n```\n\n```python\nprint(x + 2)  # {said}\n```\n")
+        if right:
+            assert run_blocks(page) == 1
+        else:
+            with pytest.raises(AssertionError, match="line 7: '4' is not among"):
+                run_blocks(page)
+    page.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match="line 2"):
+        run_blocks(page)
+
+
+def table(page, name):
+    """The rows between ``<!-- name -->`` and ``<!-- /name -->``, without marks of code."""
+    text = (ROOT / page).read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows, name
+    return [[cell.replace("`", "").strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def short(network):
+    """``mgic_resnet50:group_size=32,coarsest=64`` as the page writes it."""
+    return network.replace(":group_size=", " ").replace(",coarsest=", " / ")
+
+
+def record(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def medians(bench):
+    """``(network, path) -> `` the timing of one image on one thread."""
+    return {(t["network"], t["path"]): t for t in reversed(bench["timings"]) if (t["batch"], t["threads"]) == (1, 1)}
+
+
+def test_the_table_of_runtimes_is_the_record():
+    """Time ratios of one image: eager by the faster of two layouts, fastest as the comparisons have it."""
+    bench = record("bench-efficiency.json")
+    timings = medians(bench)
+
+    def eager(network):
+        return min(timings[network, path]["ms"] for path in ("eager", "eager_nhwc"))
+
+    assert table("docs/choosing.md", "runtimes") == [
+        [
+            short(c["network"]),
+            f"{c['flop_ratio']:.2f}",
+            f"{eager(c['network']) / eager(c['peer']):.2f}",
+            f"{c['time_ratio']:.2f}",
+        ]
+        for c in bench["comparisons"]
+    ]
+
+
+def test_the_table_of_memory_is_the_record():
+    bench = record("bench-efficiency.json")
+    timings = medians(bench)
+    assert table("docs/choosing.md", "peak") == [
+        [
+            short(c["network"]),
+            *(f"{timings[network, 'engine']['peak_mib']:.0f}" for network in (c["peer"], c["network"])),
+        ]
+        for c in bench["comparisons"]
+    ]
+
+
+def test_the_table_of_what_holds_the_engine_back_is_the_records():
+    for name, *shares in table("docs/choosing.md", "held"):
+        found = record(f"engine-profile/{name.replace(' / ', '-').replace(' ', '-')}.json")
+        held = re.search(r"arithmetic: (\d+)%, around the sums: (\d+)%, memory: (\d+)%", " ".join(found["notes"]))
+        assert shares == [f"{share} %" for share in held.groups()]
+
+
+def test_the_table_of_a_time_budget_is_the_record():
+    choices = record("conversion-resnet50-target-ms.json")["budget"]["choices"]
+    assert table("docs/choosing.md", "budget") == [
+        [c["stage"], str(c["group_size"]), str(c["coarsest"]), f"{c['after'] / c['before']:.2f}"]
+        for c in choices
+        if c["group_size"]
+    ]
+
+
+FILES = {
+    "ONNX": "onnx.onnx",
+    "ONNX, int8": "onnx_int8.onnx",
+    "OpenVINO": "openvino.xml",
+    "ExecuTorch": "executorch.pte",
+    "torch.export": "torch.pt2",
+}
+
+
+def test_the_table_of_formats_is_the_record():
+    times = {t["network"]: t["ms"] for t in record("export.json")["timings"]}
+    pairs = {name: (f"resnet50-{file}", f"resnet50_converted-{file}") for name, file in FILES.items()}
+    eager = "torchvision:resnet50"
+    pairs["eager PyTorch"] = (eager, f"{eager}:conversion={{group_size: 32, coarsest: 64}}")
+    assert table("docs/choosing.md", "formats") == [
+        [name, f"{times[dense]:.0f}", f"{times[small]:.0f}", f"{times[small] / times[dense]:.2f}"]
+        for name, (dense, small) in pairs.items()
+    ]
+
+
+def test_the_table_of_conversions_is_the_record():
+    rows = {row["network"]: row for row in record("conversion-coverage.json")["rows"]}
+    for name, *shares in table("docs/choosing.md", "conversions"):
+        row = rows[f"torchvision:{name}"]
+        assert shares == [f"{row[f'{what}_after'] / row[what]:.2f}" for what in ("params", "macs")]
+
+
+def test_the_table_of_light_networks_is_the_record():
+    assert table("docs/choosing.md", "light") == [
+        [c["network"], f"{c['flop_ratio']:.2f}", f"{c['time_ratio']:.2f}"]
+        for c in sorted(record("bench-lightweight.json")["comparisons"], key=lambda c: c["time_ratio"])
+    ]
