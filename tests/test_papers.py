@@ -306,7 +306,7 @@ def test_settings_are_those_of_the_rows():
             if r.get("model") == "mg_resnet_cifar":
                 widths = "-".join(map(str, overrides["channels"]))
                 assert f" {widths} group size {overrides['group_size']} coarsest {overrides['coarsest']}" in label
-                assert overrides.get("additive", False) == ("*" in label)
+                assert overrides.get("scheme", {}) == ({"cycle": "additive"} if "*" in label else {})
                 assert overrides.get("num_classes", 10) == int(r["dataset"].removeprefix("CIFAR-"))
             if t["dataset"] == "FashionMNIST" and "model" in r:
                 assert overrides["in_chans"] == 1
@@ -321,7 +321,7 @@ def test_one_network_has_one_count_and_one_accuracy():
         for r in t["rows"]:
             if t["kind"] == "layers" or "library" in r or "model" not in r or "misprint" in r:
                 continue
-            defaults = {"width": 1, "post": 1, "additive": False}
+            defaults = {"width": 1, "post": 1}
             overrides = defaults | r["overrides"] if "overrides" in r else defaults
             network = (r["model"], r.get("dataset", t["dataset"]), str(sorted(overrides.items())))
             for key in ("params", "top1", "train_top1"):
