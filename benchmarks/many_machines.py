@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import re
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,14 +164,15 @@ def data_rate(record: Path) -> str:
     lines = [
         f"{values['data']}; on {values['machine']['cpu']} (`results/{record.name}`):",
         "",
-        f"| from | workers | images/s | workers for {IMAGES_PER_SECOND:,.0f} images/s |",
-        "|---|---:|---:|---:|",
+        f"| from | workers | images/s, mean ± std | n | workers for {IMAGES_PER_SECOND:,.0f} images/s |",
+        "|---|---:|---:|---:|---:|",
     ]
     for name, metric in values["metrics"].items():
         source, workers = re.fullmatch(r"(\w+)\.images_per_second_(\d+)_workers", name).groups()
-        median = statistics.median(metric["values"])
-        needed = math.ceil(IMAGES_PER_SECOND / median * max(int(workers), 1))
-        lines.append(f"| {source} | {workers} | {median:.0f} | {needed} |")
+        needed = math.ceil(IMAGES_PER_SECOND / metric["mean"] * max(int(workers), 1))
+        lines.append(
+            f"| {source} | {workers} | {metric['mean']:.0f} ± {metric['std']:.0f} | {values['n']} | {needed} |"
+        )
     return "\n".join(lines)
 
 

@@ -235,7 +235,7 @@ def command_of(given: Sequence[str]) -> str:
         if skip:
             skip = False
             continue
-        if flag in ("--root", "--out", "--record", "--json-summary"):
+        if flag in ("--root", "--out", "--record", "--results", "--json-summary"):
             skip = "=" not in word
             continue
         if flag in ("--data", "--config", "--teacher", "--init") and "=" in word:

@@ -109,8 +109,9 @@ def export(
     """Write a network in eval mode for another runtime, and run the file there before it gets its name.
 
     The file is held against eager PyTorch on the example (or the calibration) and on fresh inputs, one and three at a time:
-    a float32 file may differ by `TOLERANCE` of the largest output, an int8 file must reach `DECIBELS`. Norms behind
-    convolutions are folded, and every convolution of the network, grouped or not, is one node of the file at most.
+    a float32 file may differ by `mgic.formats.TOLERANCE` of the largest output, an int8 file must reach
+    `mgic.formats.DECIBELS`. Norms behind convolutions are folded, and every convolution of the network, grouped or not, is one
+    node of the file at most.
 
     Args:
         model: Any network that takes one tensor and returns one, or a list or dictionary of them; it is left as it is.
@@ -119,7 +120,7 @@ def export(
         format: A name among `FORMATS`, or a `Format` of your own.
         calibration: For int8: batches of real inputs of the example's size.
         score: What a network, or its file, is worth on samples that it was not trained on, in percent: accuracy, say. A file
-            more than `POINTS` below the network is rejected.
+            more than `mgic.formats.POINTS` below the network is rejected.
         max_batch: Most inputs at once, where the format plans memory for them (ExecuTorch).
         name: What to call the network; by default its class.
         weights: Where its weights are from, for the description.

@@ -1,5 +1,6 @@
 """The report: one HTML page, without a network, of everything the records say."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _experiments(outcomes: Mapping[str, Mapping[str, Outcome]]) -> Iterator[str]
         yield _table(f"outcomes-{name}", OUTCOME_COLUMNS, [outcome_cells(v, o) for v, o in found.items()], 1)
         drawings = [_against_cost(found, cost, label) for cost, label in COSTS.items()]
         yield f'<div class="plots">{"".join(filter(None, drawings))}</div>'
-        yield _table(f"claims-{name}", CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 5)
+        yield _table(f"claims-{name}", CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 3)
 
 
 def _against_cost(found: Mapping[str, Outcome], cost: str, label: str) -> str:
@@ -177,7 +178,8 @@ def _speed(records: Mapping[str, Record]) -> Iterator[str]:
             rows.append([*names, *numbers, file])
             says = f"{one['network']} ({one['path']})\nagainst {one['peer']} ({one['peer_path']}), {setting}\n"
             says += f"{numbers[0]} of the multiply-adds, {numbers[1]} of the time"
-            points.setdefault(one["path"], []).append(Point(one["flop_ratio"], one["time_ratio"], says))
+            if min(one["flop_ratio"], one["time_ratio"]) > 0:
+                points.setdefault(one["path"], []).append(Point(one["flop_ratio"], one["time_ratio"], says))
     if not rows:
         return
     yield (
@@ -217,7 +219,7 @@ def _papers(records: Mapping[str, Record]) -> Iterator[str]:
 
 def _curves(records: Mapping[str, Record]) -> Iterator[str]:
     """One plot a data set and score: the mean over seeds after each epoch."""
-    plots: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    plots: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
     for file, record in records.items():
         histories = [h for h in record.get("history", ()) if h]
         if not histories or "recipe" not in record:
@@ -225,18 +227,24 @@ def _curves(records: Mapping[str, Record]) -> Iterator[str]:
         score = next((key for key in histories[0][0] if key.startswith("test_") and key != "test_loss"), "test_loss")
         line = []
         for rows in zip(*histories, strict=False):
-            value = fmean(row[score] for row in rows)
-            line.append(Point(rows[0]["epoch"], value, f"{file}\nepoch {rows[0]['epoch']}: {value:.4g}"))
-        name = file.removesuffix(".json").rpartition("/")[2]
-        plots.setdefault((record["recipe"]["data"], score), {})[name] = line
+            values = [row[score] for row in rows if math.isfinite(row.get(score, math.nan))]
+            if len(values) == len(rows):  # a run that went wrong has no mean
+                line.append(
+                    Point(rows[0]["epoch"], fmean(values), f"{file}\nepoch {rows[0]['epoch']}: {fmean(values):.4g}")
+                )
+        folder, _, name = file.removesuffix(".json").rpartition("/")
+        if line:
+            plots.setdefault((folder, record["recipe"]["data"], score), {})[name] = line
     drawings = []
-    for (data, score), lines in sorted(plots.items()):
+    for (folder, data, score), lines in sorted(plots.items()):
         label = score.removeprefix("test_").replace("accuracy", "accuracy, %").replace("miou", "mean IoU, %")
         positive = min(p.y for line in lines.values() for p in line) > 0
         drawing = plot(
             lines, Axis("epoch"), Axis(f"test {label}", log=score == "test_mse" and positive), marks=False, lines=True
         )
-        drawings.append(_figure(drawing, f"{data}: mean over the seeds of each record."))
+        drawings.append(
+            _figure(drawing, f"{folder + ': ' if folder else ''}{data}: mean over the seeds of each record.")
+        )
     if drawings:
         yield f'<div class="plots">{"".join(drawings)}</div>'
 

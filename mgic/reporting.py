@@ -267,7 +267,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OUTCOME_COLUMNS = ("variant", "params", "MACs", "ms", "runs", "train %", "test %")
-CLAIM_COLUMNS = ("claim", "who says so", "difference (95 %)", "n", "here")
+CLAIM_COLUMNS = ("claim", "who says so", "here", "difference (95 %)", "n")
 
 
 def outcome_cells(variant: str, outcome: Outcome) -> list[str]:
@@ -281,16 +281,16 @@ def outcome_cells(variant: str, outcome: Outcome) -> list[str]:
 def claim_cells(finding: Finding) -> list[str]:
     """A claim's row of `CLAIM_COLUMNS`."""
     claim, found = finding.claim, finding.difference
-    says = claim.says + (f" (to {claim.margin:g})" if claim.margin else "")
+    says = claim.says + (f" (to {claim.margin:g} points)" if claim.margin else "")
     note = f"; {finding.note}" if finding.note else ""
-    return [says, claim.source, f"{found}{note}" if found else "", str(found.n) if found else "", finding.verdict]
+    return [says, claim.source, finding.verdict, f"{found}{note}" if found else "", str(found.n) if found else ""]
 
 
-_EXPERIMENTS = """What the papers claim, tested at a budget that two CPU cores can pay: 20,000 training images, 10 epochs,
-a schedule of that length, and all test images there are. A difference is the mean, over seeds, of what two runs of one seed
-differ by, in points, with its 95 % interval by Student's t. A claim *holds* where the whole interval is above zero (or above
-minus the margin in brackets), *does not hold* where all of it is below, and is *undecided* otherwise: three runs decide only
-what is large.
+_EXPERIMENTS = """What the papers claim, tested at a budget that two CPU cores can pay: 20,000 training images, 10 epochs
+(15 where it says longer), a schedule of that length, and all test images there are. A difference is the mean, over seeds, of
+what two runs of one seed differ by, in points, with its 95 % interval by Student's t. A claim *holds* where the whole
+interval is above zero (or above minus the margin in brackets), *does not hold* where all of it is below, and is *undecided*
+otherwise: three runs decide only what is large, and of some thirty claims chance alone will decide one or two.
 
 `mgic experiment NAME` repeats one; the records are in `results/experiments/`."""
 
@@ -309,7 +309,7 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
             continue
         rows = [outcome_cells(variant, outcome) for variant, outcome in found.items()]
         lines += [*_markdown_table(OUTCOME_COLUMNS, rows, 1), ""]
-        lines += _markdown_table(CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 5)
+        lines += _markdown_table(CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 3)
         first = next(iter(found.values())).record
         commits = sorted({str(o.record["commit"]["id"])[:9] for o in found.values()})
         lines += ["", f"Data: {first['data']}. Machine: {first['machine']['cpu']}. Commits: {', '.join(commits)}."]

@@ -12,7 +12,7 @@ from html import escape
 from .hierarchy import Level
 
 SERIES = 8
-"""Colours there are; further series begin again with other marks."""
+"""Colours there are; further series begin again with other marks and dashed."""
 _MARKS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
     "M-4,-4h8v8h-8z",
@@ -90,7 +90,7 @@ def _round_steps(low: float, high: float, wanted: int = 5) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(f * magnitude for f in (1, 2, 5, 10) if f * magnitude >= rough)
     first = math.ceil(low / step)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, math.floor(high / step) + 1)]
 
 
 def number(value: float) -> str:
@@ -126,6 +126,8 @@ def plot(series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, marks: bool = 
     points = [point for found in series.values() for point in found]
     if not points:
         raise ValueError("a plot needs a point")
+    if odd := [p.says for p in points if not (math.isfinite(p.x) and math.isfinite(p.y) and math.isfinite(p.spread))]:
+        raise ValueError(f"a plot has no place for {odd[0]!r}, which is not finite")
     across = _Scale([p.x for p in points], _LEFT, _RIGHT, x.log)
     up = _Scale([v for p in points for v in (p.y - p.spread, p.y + p.spread)], _BOTTOM, _TOP, y.log)
     height = _BOTTOM + 48 + 18 * math.ceil(len(series) / 2)
@@ -134,7 +136,8 @@ def plot(series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, marks: bool = 
         css, mark = f"s{k % SERIES}", _MARKS[(k + k // SERIES) % len(_MARKS)]
         if lines and len(found) > 1:
             path = "L".join(f"{across(p.x):.1f},{up(p.y):.1f}" for p in sorted(found, key=lambda p: p.x))
-            parts.append(f'<path class="line {css}" d="M{path}"/>')
+            dashes = f' stroke-dasharray="{6 // (1 + k // SERIES)} 3"' if k >= SERIES else ""
+            parts.append(f'<path class="line {css}"{dashes} d="M{path}"/>')
         if marks:
             parts += [_marked(p, across(p.x), up, css, mark) for p in found]
         place = f"translate({_LEFT + (k % 2) * 290 + 6},{_BOTTOM + 54 + 18 * (k // 2)})"

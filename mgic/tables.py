@@ -341,10 +341,12 @@ def _data_name(name: str) -> str:
 
 
 def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
-    """Yield the records of a row's network on a row's data; arguments that are left out are their defaults."""
+    """Yield the records of a row's network on all of a row's data; arguments that are left out are their defaults."""
     for record in records:
         recipe = record.get("recipe")  # only a training has one
         if recipe is None or recipe["model"] != name or _data_name(recipe["data"]) != _data_name(dataset):
+            continue
+        if recipe.get("data_args", {}).get("train_images") is not None:  # an experiment on a part of them
             continue
         implied = {key: value for key, value in overrides.items() if key in ("num_classes", "in_chans")}
         trained = _named(str(name), {**implied, **recipe["model_args"]})

@@ -27,6 +27,7 @@ from mgic.experiments import (
 )
 from mgic.models import build_model
 from mgic.reporting import experiments_markdown, plot_outcomes
+from mgic.tables import _matching
 from mgic.training import RECIPES, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,24 @@ def test_pairs_are_of_the_same_seed_and_a_missing_run_is_no_pair(grid):
     assert findings("grid", {})[0].verdict == "not run"
 
 
+def test_one_pair_has_no_interval_and_is_json_all_the_same(grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "mgic.experiments.read_outcomes",
+        lambda name, folder: {"ours: 1": outcome([91], (0,)), "theirs: 1": outcome([90], (0,))},
+    )
+    assert main(["experiment", "grid", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["grid"]["claims"][0]
+    assert (found["difference"]["low"], found["verdict"]) == (None, "undecided")
+
+
+def test_an_experiment_on_a_part_of_the_images_is_no_result_of_a_papers_row():
+    record = {"recipe": {"model": "mgiad20", "model_args": {"coarsest": 16, "group_size": 8}, "data": "fashion_mnist"}}
+    overrides = {"coarsest": 16, "group_size": 8, "in_chans": 1}
+    whole = {"recipe": {**record["recipe"], "data_args": {}}}
+    part = {"recipe": {**record["recipe"], "data_args": {"train_images": 20_000}}}
+    assert list(_matching("mgiad20", overrides, "FashionMNIST", [whole, part])) == [whole]
+
+
 def test_at_equal_cost_the_other_family_is_read_off_the_line_between_its_variants(grid):
     outcomes = {
         "ours: 1": outcome([92, 93], (0, 1), macs=200),
@@ -125,7 +144,7 @@ def test_at_equal_cost_the_other_family_is_read_off_the_line_between_its_variant
     assert found.difference.mean == pytest.approx(((92 - 92) + (93 - 91)) / 2)
     assert "1 of 1 widths" in found.note
     outside = {**outcomes, "ours: 1": outcome([92, 93], (0, 1), macs=50)}
-    assert findings("grid", outside)[2].verdict == "not run"
+    assert findings("grid", outside)[2].verdict == "no common cost"
 
 
 def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_path, capsys, monkeypatch):
@@ -146,8 +165,11 @@ def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_pat
     assert shown["variants"]["ours: 1"]["n"] == 2
     page = experiments_markdown({"grid": read_outcomes("grid", Path("results/experiments/grid"))})
     assert re.search(r"\| ours: 1 \| [\d,]+ \|", page)
+    assert main([*words, "--seeds", "[1]"]) == 2
+    assert "holds seeds [0, 1]; give [0] too" in capsys.readouterr().err
+    assert read_record(Path("results/experiments/grid") / file_name("ours: 1"))["seeds"] == [0, 1]
     monkeypatch.setitem(EXPERIMENTS, "grid", replace(grid, base=replace(grid.base, lr=0.5)))
-    with pytest.raises(UserError, match=r"ours-1\.json: lr is 0.1, but 'ours: 1' of grid has 0.5"):
+    with pytest.raises(UserError, match=r"ours-1\.json: lr is 0.1, but 'ours: 1' has 0.5"):
         read_outcomes("grid", Path("results/experiments/grid"))
 
 
@@ -159,14 +181,14 @@ def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeyp
         rows = [
             {"network": str(c.network), "path": c.path, "params": 7, "macs": 9, "ms": ms, "seconds": (ms / 1e3,) * 2}
             for c in cases
-            for ms in [1.0 + list(cli_experiment.PATHS).index(c.path)]
+            for ms in [9.0 - list(cli_experiment.PATHS).index(c.path)]
         ]
         return SimpleNamespace(timings=rows, rounds=2)
 
     monkeypatch.setattr("mgic.benchmarking.run_benchmark", run_benchmark)
     assert main(["experiment", "grid", "--times"]) == 0
     costs = read_record(Path("results/experiments/grid/costs.json"))["costs"]
-    assert costs["ours: 1"] == {"params": 7, "macs": 9, "ms": 1.0, "path": cli_experiment.PATHS[0]}
+    assert costs["ours: 1"] == {"params": 7, "macs": 9, "ms": 6.0, "path": cli_experiment.PATHS[-1]}
 
 
 def test_accuracy_is_drawn_against_what_is_known_to_cost(tmp_path):
@@ -197,6 +219,7 @@ def test_accuracy_is_drawn_against_what_is_known_to_cost(tmp_path):
         (["--plot", "a.png"], "--plot belongs to one experiment"),
         (["--seeds", "[0]"], "belong to the run of one experiment"),
         (["effects", "--show", "--times"], "belong to the run of one experiment"),
+        (["effects", "--times", "--only", "[additive]"], "--times counts and times all variants"),
     ],
 )
 def test_a_wrong_call_is_one_line(words, said, capsys, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from mgic.data import base, load_data
 from mgic.errors import Stopped, UserError
 from mgic.training import DiskFull, Interrupted, load_network, load_start, train
 from mgic.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
-from mgic.training.folder import RunFolder
+from mgic.training.folder import RunFolder, _owner
 from mgic.training.weights import load_weights
 
 TOTAL = RECIPE.epochs * STEPS_PER_EPOCH
@@ -528,6 +529,18 @@ def test_r24_of_many_simultaneous_starts_exactly_one_runs(processes, tmp_path, t
             assert owner, text
             assert owner[1] in pids
     trials.passes(count)
+
+
+def test_r24_the_name_of_a_dead_process_is_not_taken_for_the_holders(tmp_path):
+    """Who takes the lock of a dead run over has it a moment before its own name replaces the dead one's."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    with (tmp_path / "run.lock").open("w+") as lock:
+        lock.write(f"{process.pid} on {platform.node()}")
+        lock.flush()
+        holder = f"{os.getpid()} on {platform.node()}"
+        threading.Timer(0.2, lambda: (tmp_path / "run.lock").write_text(holder)).start()
+        assert _owner(lock) == holder
 
 
 def _lock_and_die(folder):

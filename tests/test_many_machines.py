@@ -71,7 +71,7 @@ def test_the_data_rate_is_measured_and_fills_the_page(tmp_path, monkeypatch, cap
     assert set(rates) == {f"{kind}.images_per_second_{w}_workers" for kind in ("folder", "shards") for w in (0, 1)}
     assert all(value > 0 for metric in rates.values() for value in metric["values"])
     assert capsys.readouterr().out.count("median") == 4
-    rates["folder.images_per_second_1_workers"]["values"] = [300.0, 400.0, 700.0]
+    rates["folder.images_per_second_1_workers"] |= {"mean": 400.0, "std": 100.0}
     record.write_text(json.dumps({**read_record(record), "metrics": rates}))
-    assert "| folder | 1 | 400 | 3 |" in model.data_rate(record)
+    assert "| folder | 1 | 400 ± 100 | 2 | 3 |" in model.data_rate(record)
     assert "Not measured yet" in model.data_rate(tmp_path / "none.json")

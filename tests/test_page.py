@@ -14,6 +14,7 @@ from mgic import UserError, page, plan_levels
 from mgic.cli import main
 from mgic.svg import Axis, Point, hierarchy, number, plot, standalone
 from mgic.tables import build_table, table_ids
+from mgic.training import make_record, write_record
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -240,6 +241,37 @@ def test_a_wrong_call_is_one_line(words, said, capsys, tmp_path, monkeypatch):
     assert main(["report", *words]) == 2
     assert re.search(f"^mgic: .*{said}", capsys.readouterr().err, re.MULTILINE)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_a_record_says_is_text_and_never_markup(tmp_path, monkeypatch):
+    evil = "\"><script>alert(1)</script><b x='"
+    record = make_record(evil, evil, [0], {evil: [1.0]}, notes=[evil])
+    record |= {"commit": {"id": evil, "dirty": False}, "machine": {"cpu": evil}}
+    one = {"network": evil, "path": evil, "peer": evil, "peer_path": evil, "batch": 1, "threads": 1}
+    comparison = {**one, "flop_ratio": 0.5, "time_ratio": 0.6, "efficiency": 0.8}
+    history = [[{"epoch": 1, "test_accuracy": 50.0, "test_loss": 1.0}]]
+    write_record(
+        tmp_path / "a<b>.json", {**record, "comparisons": [comparison], "history": history, "recipe": {"data": evil}}
+    )
+    fault = {"trials": 1, "passes": 1, "seconds": 0.0}
+    write_record(tmp_path / "faults.json", {**record, "faults": {evil: fault}})
+    monkeypatch.setattr(page, "table_ids", list)
+    text = page.build_page(tmp_path, ["mgiad18"])
+    tags = Tags()
+    tags.feed(text)
+    assert text.count("<script>") == 1, "the page's own"
+    assert "alert(1)" in text
+    assert "a<b>" not in text
+
+
+@pytest.mark.parametrize("values", [[float("nan"), 50.0], [float("inf"), 50.0]])
+def test_runs_that_went_wrong_leave_gaps_not_errors(values, tmp_path):
+    history = [[{"epoch": k, "test_accuracy": v, "test_loss": 1.0} for k, v in enumerate(values)]]
+    records = {"a.json": {"history": history, "recipe": {"data": "d"}}}
+    (drawn,) = page._curves(records)
+    assert drawn.count("<svg") == 1
+    with pytest.raises(ValueError, match="which is not finite"):
+        plot({"a": [Point(1, values[0], "odd")]}, Axis("x"), Axis("y"))
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path):

@@ -26,7 +26,7 @@ def same(one, other):
         ("mgic_resnet20", {"block": "PreActBasicBlock"}, {"block": mgic.blocks.PreActBasicBlock}),
         (
             "mgic_resnet20",
-            {"scheme": {"cycle": "additive", "norm": "none"}},
+            {"scheme": {"cycle": "additive", "norm": "Identity"}},
             {"scheme": Scheme(MGIC_RESNET.plan, norm=torch.nn.Identity, cycle=mgic.additive)},
         ),
         ("mgiad20", {"correction": "plain_prolongation"}, {"correction": mgic.plain_prolongation}),
@@ -72,6 +72,10 @@ def test_groups_alone_do_not_couple_the_groups():
         ({"scheme": {"circle": "additive"}}, "scheme has no 'circle'; it has plan, transfer, norm, cycle"),
         ({"scheme": {"plan": {"most": 1}}}, "scheme: plan has no 'most'; it has .*maximum"),
         ({"scheme": {"plan": "plans"}}, "scheme: plan has no 'plans'"),
+        ({"scheme": "additive"}, "scheme must be a Scheme or a mapping such as .*, got 'additive'"),
+        ({"scheme": {"cycle": 5}}, "scheme: cycle must be a function or the name of one .*, got 5"),
+        ({"scheme": {"transfer": None}}, "scheme: transfer must be a function or the name of one .*, got None"),
+        ({"correction": 5}, "correction must be a function or the name of one .*, got 5"),
     ],
 )
 def test_a_wrong_name_is_one_line(arguments, words):

@@ -33,7 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 _SCHEME: dict[str, dict[str, Any]] = {
     "cycle": {"multiplicative": multiplicative, "additive": additive},
-    "norm": {"batch": nn.BatchNorm2d, "none": nn.Identity},
+    "norm": {"BatchNorm2d": nn.BatchNorm2d, "Identity": nn.Identity},
     "plan": {"plan_groups": plan_groups},
     "transfer": {**_TRANSFERS, **{f"frozen_{name}": frozen(pair) for name, pair in _TRANSFERS.items()}},
 }
@@ -45,6 +45,14 @@ def _named(where: str, name: str, known: Mapping[str, Any]) -> Any:
         near = suggest(name, known)
         raise UserError(f"{where} has no {name!r}{near if 'did you mean' in near else '; it has ' + ', '.join(known)}")
     return known[name]
+
+
+def _part(where: str, value: Any, known: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        return _named(where, value, known)
+    if not callable(value):
+        raise UserError(f"{where} must be a function or the name of one ({', '.join(known)}), got {value!r}")
+    return value
 
 
 def _scheme(own: Scheme, asked: Mapping[str, Any]) -> Scheme:
@@ -59,7 +67,7 @@ def _scheme(own: Scheme, asked: Mapping[str, Any]) -> Scheme:
                 raise UserError(f"scheme: plan has no {', '.join(map(repr, unknown))}; it has {', '.join(options)}")
             parts[name] = partial(own.plan, **value)
         else:
-            parts[name] = _named(f"scheme: {name}", value, _SCHEME[name]) if isinstance(value, str) else value
+            parts[name] = _part(f"scheme: {name}", value, _SCHEME[name])
     return replace(own, **parts)
 
 
@@ -81,8 +89,10 @@ def with_parts(make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, 
     """
     found = dict(given)
     for name, value in given.items():
-        if isinstance(value, str) and name in PARTS:
-            found[name] = _named(name, value, PARTS[name])
+        if name in PARTS:
+            found[name] = _part(name, value, PARTS[name])
         if name == "scheme" and isinstance(value, Mapping):
             found[name] = _scheme(inspect.signature(make).parameters[name].default, value)
+        elif name == "scheme" and not isinstance(value, Scheme):
+            raise UserError(f"scheme must be a Scheme or a mapping such as {{cycle: additive}}, got {value!r}")
     return found

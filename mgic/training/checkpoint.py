@@ -126,7 +126,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path, strict: bool = False) -> dict[str, Any] | None:
-    """See `RunFolder.newest`; this one needs no lock."""
+    """See `mgic.training.folder.RunFolder.newest`; this one needs no lock."""
     corrupt: list[CorruptCheckpoint] = []
     for path in list_checkpoints(folder):
         try:

@@ -119,9 +119,10 @@ class RunFolder:
         try:
             _lock_file(lock.fileno())
         except OSError as error:
-            owner = _owner(lock)
+            held = error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+            owner = _owner(lock) if held else ""
             lock.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            if not held:
                 raise
             raise UserError(f"run folder {self.path}: already in use by process {owner}") from error
         try:
@@ -214,13 +215,26 @@ def _note_owner(lock: IO[str]) -> None:
 
 
 def _owner(lock: IO[str]) -> str:
-    """The process that holds the lock: the winner of a race has it a moment before it has written its name."""
+    """The process that holds the lock: it has it a moment before its name is there instead of a dead one's, or of none."""
+    name = ""
     for _ in range(50):
         lock.seek(0)
-        if name := lock.read().strip():
-            return name
+        name = lock.read().strip()
+        number, _, host = name.partition(" on ")
+        if number.isdigit() and (host != platform.node() or _alive(int(number))):
+            break
         time.sleep(0.02)
-    return "unknown"
+    return name or "unknown"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
