@@ -110,8 +110,8 @@ def export(
 
     The file is held against eager PyTorch on the example (or the calibration) and on fresh inputs, one and three at a time:
     a float32 file may differ by `mgic.formats.TOLERANCE` of the largest output, an int8 file must reach
-    `mgic.formats.DECIBELS`. Norms behind convolutions are folded, and every convolution of the network, grouped or not, is one
-    node of the file at most.
+    `mgic.formats.DECIBELS`. Norms behind convolutions are folded, and every convolution of the network, grouped or not, is
+    one node of the file at most.
 
     Args:
         model: Any network that takes one tensor and returns one, or a list or dictionary of them; it is left as it is.
