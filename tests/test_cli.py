@@ -144,7 +144,10 @@ def wrong_calls(tiny, run_folder, tmp_path):
         ),
         "classes below none": (["cost", "mgic_resnet20", "--model_args={num_classes: -1}"], "at least 0, got -1"),
         "an unknown pooling": (["cost", "mgic_resnet20", "--model_args={global_pool: foo}"], "cannot be built"),
-        "text for a scheme": (["cost", "mgic_resnet20", "--model_args={scheme: foo}"], "cannot be built"),
+        "text for a scheme": (
+            ["cost", "mgic_resnet20", "--model_args={scheme: foo}"],
+            "scheme must be a Scheme or a mapping",
+        ),
         "an unknown accelerator": (["train", *small(tiny, new, accelerator="foo")], "auto, cpu or cuda, got 'foo'"),
         "equal widths": (["cost", "mgic_resnet20", "--scaling", "--widths=[2, 2]"], "different, positive"),
         "a demo of nothing": (["demo", f"--out={new}", "--models=[]"], "--models must be different networks"),
