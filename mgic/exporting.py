@@ -6,11 +6,9 @@ its SHA-256. A file that is not right never appears, and the one that was there 
 """
 
 import copy
-import hashlib
 import math
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from .counting import cost
 from .errors import Stopped, UserError, suggest
 from .formats import FORMATS, Format, Job
 from .runtime.paths import BROKEN, PathUnavailable, Run, onnx_errors, reasons, relative_error
-from .training.files import read_json, told_when_full, write_json
+from .training.files import alive, read_json, sha256, told_when_full, write_json
 from .training.weights import room_for
 
 SCHEMA = 1
@@ -193,7 +191,7 @@ def export(
             error=error,
             decibels=decibels if math.isfinite(decibels) else None,
             convolutions={"expected": expected, "found": found},
-            sha256={one.name: _sha256(one) for one in files},
+            sha256={one.name: sha256(one) for one in files},
             bytes=sum(one.stat().st_size for one in files),
             versions=_versions(kind.packages),
             score=scores,
@@ -249,7 +247,7 @@ def describe_artefact(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{place}: no description of an exported file that this version of mgic reads")
     for name, digest in described["sha256"].items():
         one = path.parent / Path(name).name
-        if not one.is_file() or _sha256(one) != digest:
+        if not one.is_file() or sha256(one) != digest:
             raise UserError(f"{one}: damaged or of another export: its SHA-256 is not the one in {place.name}")
     return described
 
@@ -409,11 +407,6 @@ def _description(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {}
     for package in ("mgic", "torch", *packages):
@@ -432,7 +425,7 @@ def _workshop(path: Path, model: nn.Module) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".tmp-*-{path.name}"):
-        if not _alive(int(stale.name.split("-")[1])):  # of a process that was killed
+        if not alive(int(stale.name.split("-")[1])):  # of a process that was killed
             shutil.rmtree(stale)
     folder = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
@@ -445,15 +438,3 @@ def _workshop(path: Path, model: nn.Module) -> Iterator[Path]:
                 os.replace(one, path.with_name(one.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    if sys.platform == "win32":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -161,3 +161,16 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this machine still runs."""
+    if sys.platform == "win32":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any
@@ -18,6 +18,7 @@ from .checkpoint import SCHEMA, list_checkpoints, newest_checkpoint, save_checkp
 from .files import (
     TEMPORARY,
     DiskFull,
+    alive,
     check_writable,
     read_json,
     sidecar_of,
@@ -78,11 +79,10 @@ class RunFolder:
             raise
         except OSError as error:
             raise UserError(f"run folder {self.path}: cannot be written ({error.strerror or error})") from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._release)
             self._claim()
-        except BaseException:
-            self._release()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -221,20 +221,10 @@ def _owner(lock: IO[str]) -> str:
         lock.seek(0)
         name = lock.read().strip()
         number, _, host = name.partition(" on ")
-        if number.isdigit() and (host != platform.node() or _alive(int(number))):
+        if number.isdigit() and (host != platform.node() or alive(int(number))):
             break
         time.sleep(0.02)
     return name or "unknown"
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def _refuse_other(path: Path, there: Recipe, asked: Recipe) -> None:
