@@ -75,8 +75,8 @@ def feature_maps(convolution: nn.Conv2d, images: Sequence[Tensor], data: Data) -
             yield convolution(normalize(batch))
 
 
-def draw(path: Path, image: Tensor, features: Tensor, transfers: dict[int, nn.Sequential]) -> None:
-    """Draw Figure 3: an image, its strongest feature map by group size; all maps, their code, and what comes back."""
+def draw(path: Path, features: Tensor, transfers: dict[int, nn.Sequential]) -> None:
+    """Draw Figure 3: an image's strongest feature map by group size; all its maps, their code, and what comes back."""
     from matplotlib.figure import Figure
 
     def tiles(maps: Tensor, columns: int) -> Tensor:
@@ -92,21 +92,19 @@ def draw(path: Path, image: Tensor, features: Tensor, transfers: dict[int, nn.Se
     strongest = int(features[0].square().mean((1, 2)).argmax())
     limit = float(features[0].abs().max())
     shown = {"cmap": "gray", "vmin": -limit, "vmax": limit}
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
-    axes = top.subplots(1, 2 + len(transfers))
-    axes[0].imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
-    axes[0].set_title("image")
-    axes[1].imshow(features[0, strongest].numpy(), **shown)
-    axes[1].set_title(f"feature map {strongest}")
-    for axis, (size, maps) in zip(axes[2:], decoded.items(), strict=True):
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    axes = top.subplots(1, 1 + len(transfers))
+    axes[0].imshow(features[0, strongest].numpy(), **shown)
+    axes[0].set_title(f"feature map {strongest}")
+    for axis, (size, maps) in zip(axes[1:], decoded.items(), strict=True):
         axis.imshow(maps[strongest].numpy(), **shown)
         axis.set_title(f"$s_g$ = {size}")
     for axis, maps, columns, title in zip(
-        bottom.subplots(1, 3, width_ratios=(8, 2, 8)),
+        bottom.subplots(1, 3, width_ratios=(8, 3, 8)),
         (features[0], code, decoded[best]),
         (8, 2, 8),
-        (f"{features.shape[1]} feature maps", f"{len(code)} on the coarsest grid", f"decoded, $s_g$ = {best}"),
+        (f"{features.shape[1]} feature maps", f"{len(code)} coarse maps", f"decoded, $s_g$ = {best}"),
         strict=True,
     ):
         scale = float(maps.abs().max())
@@ -173,9 +171,8 @@ def main(given: Sequence[str] | None = None) -> None:
                 f"({means['percent_above_optimum']:+.2f} % of the optimum; other images {means['mse_of_test_images']:.5f})"
             )
     if args.picture:
-        example = images[0][:1]
-        (features,) = feature_maps(convolution, [example], data)
-        draw(args.picture, example[0], features, drawn)
+        (features,) = feature_maps(convolution, [images[0][:1]], data)
+        draw(args.picture, features, drawn)
 
 
 if __name__ == "__main__":

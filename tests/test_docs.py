@@ -166,3 +166,22 @@ def test_the_table_of_light_networks_is_the_record():
         [c["network"], f"{c['flop_ratio']:.2f}", f"{c['time_ratio']:.2f}"]
         for c in sorted(record("bench-lightweight.json")["comparisons"], key=lambda c: c["time_ratio"])
     ]
+
+
+def test_the_table_of_functions_is_the_records():
+    rows = []
+    for width in (32, 64, 128, 256):
+        names = (f"{kind}function_net-{width}.json" for kind in ("", "ghost_", "mgic_"))
+        metrics = [record(f"function-approximation/{name}")["metrics"] for name in names]
+        errors = [f"{1e4 * m['mse']['mean']:.2f} ± {1e4 * m['mse']['std']:.2f}" for m in metrics]
+        rows.append([str(width), *errors, *(f"{m['params']['mean']:,.0f}" for m in metrics)])
+    assert table("docs/beyond.md", "functions") == rows
+
+
+def test_the_table_of_coarse_maps_is_the_records():
+    rows = []
+    for size in (32, 16, 8, 4):
+        found = [record(f"coarse-representation/{series}-{size}.json")["metrics"] for series in ("trained", "optimum")]
+        shares = [f"{100 * m['share_of_mean_square']['mean']:.2f} %" for m in found]
+        rows.append([str(size), f"{found[0]['params']['mean']:,.0f}", *shares])
+    assert table("docs/beyond.md", "coarse") == rows
