@@ -2,6 +2,7 @@
 
 import newcomer
 import pytest
+from pages import blocks
 
 
 @pytest.mark.timeout(10 * newcomer.LIMIT)
@@ -19,6 +20,6 @@ def test_whoever_follows_the_readme_arrives(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_shows_each_part_of_the_way():
     text = newcomer.README.read_text()
-    kinds = [step for kind, step in newcomer.steps(text) if kind == "python"]
+    steps = [block for _, language, block in blocks(text) if language == "python"]
     for words in ("MGICBlock(", "timm.create_model(", "mgic.accelerate(", "convert(", "export("):
-        assert any(words in step for step in kinds), words
+        assert any(words in step for step in steps), words
