@@ -27,6 +27,7 @@ _HOMES = {
     "MGICBlock": "cycle",
     "MGICConv": "cycle",
     "MGICLinear": "cycle",
+    "zero_scale": "blocks",
     "Scheme": "cycle",
     "ChannelChange": "cycle",
     "AdditiveChannelChange": "cycle",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .blocks import LinearBlock as LinearBlock
     from .blocks import PreActBasicBlock as PreActBasicBlock
     from .blocks import PreActBottleneck as PreActBottleneck
+    from .blocks import zero_scale as zero_scale
     from .conversion import convert as convert
     from .conversion import convert_ as convert_
     from .counting import Cost as Cost

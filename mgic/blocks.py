@@ -21,6 +21,28 @@ def relu() -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
+def zero_scale(norm: Layer) -> Layer:
+    """Let norms start with a scale of 0: what they follow adds nothing at first, and grows as training finds use for it.
+
+    As the norm of a `Scheme`, the corrections from coarse grids start at zero. It helps where many multigrid blocks without
+    an identity mapping follow each other: they train as the relaxations of the finest grids alone would, at first.
+
+    Args:
+        norm: Makes the norm of a width, with a ``weight``.
+
+    Examples:
+        >>> float(zero_scale(nn.BatchNorm2d)(8).weight.abs().max())
+        0.0
+    """
+
+    def make(channels: int) -> nn.Module:
+        layer = norm(channels)
+        nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        return layer
+
+    return make
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a skip: ``relu(x + N K2 relu(N K1 x))`` (He et al. 2016; eq. (1) of Ephrath et al. 2020).
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
     """Seed by seed, so that what is done first can be compared; a variant's record holds the seeds done so far."""
     from .experiments import EXPERIMENTS, file_name
     from .training import (
+        RunSummary,
         read_record,
         train,  # noqa: F401  (what is missing for it: said before the work)
     )
@@ -100,16 +102,15 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
             raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
     set_threads(args.threads)
     data = {key: load_run_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
-    out, done = console(stderr=True), 0
-    for last in range(1, len(seeds) + 1):
-        for variant, recipe in recipes.items():
-            done += 1
-            out.print(f"{name}, {done} of {len(seeds) * len(recipes)}: {variant}, seed {seeds[last - 1]}")
-            here = data[_data_key(recipe)]
-            folders = [args.out / _folder(recipe) / f"seed-{seed}" for seed in seeds[:last]]
-            runs = train_seeds(recipe, here, seeds[:last], folders, args, reuse=True)
-            if set(there[variant]) <= set(seeds[:last]):  # never fewer than it held
-                write_training_record(files[variant], recipe, here, runs, command_of(given))
+    runs: dict[str, list[RunSummary]] = {variant: [] for variant in variants}
+    out = console(stderr=True)
+    for seed, (variant, recipe) in product(seeds, recipes.items()):
+        done = sum(map(len, runs.values()))
+        out.print(f"{name}, {done + 1} of {len(seeds) * len(recipes)}: {variant}, seed {seed}")
+        here, folder = data[_data_key(recipe)], args.out / _folder(recipe) / f"seed-{seed}"
+        runs[variant] += train_seeds(recipe, here, [seed], [folder], args, reuse=True)
+        if set(there[variant]) <= set(seeds[: len(runs[variant])]):  # never fewer than it held
+            write_training_record(files[variant], recipe, here, runs[variant], command_of(given))
 
 
 def _recipe(experiment: "Experiment", variant: str, args: Namespace) -> "Recipe":

@@ -251,6 +251,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "plain prolongation": _narrow(correction="plain_prolongation"),
             "frozen transfers": _narrow(scheme={"transfer": "frozen_averaging_pair"}),
             "pre-activation": _narrow(block="PreActBasicBlock"),
+            "corrections from zero": _narrow(scheme={"norm": "ZeroBatchNorm2d"}),
             "a level more": _narrow(coarsest=16),
             "a level less": _narrow(coarsest=64),
             "MGiaD": _smoothing_in_channels(8),
@@ -266,6 +267,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Claim("the tau-correction is worth it", "Eliasof et al. 2023, eq. (3.3)", "whole", "plain prolongation"),
             Claim("transfers gain by training", "Eliasof et al. 2023, Sec. 3.3: learned", "whole", "frozen transfers"),
             Claim("post-activation is no worse than the printed order", "ours", "whole", "pre-activation", margin=0.5),
+            Claim("corrections that start at zero cost nothing", "ours", "corrections from zero", "whole", margin=0.5),
             Claim("a level more costs nothing", "ours", "a level more", "whole", margin=0.5),
             Claim("a level less gains nothing", "ours", "whole", "a level less", margin=0.5),
             Claim(

@@ -248,10 +248,29 @@ def test_one_neighbour_cuts_the_graph(name):
         assert bool((change[1:] > 1e-6).any()) is others
 
 
+def wake(model):
+    """Give the corrections from coarse grids, which start at zero, their full scale."""
+    for block in model.modules():
+        for norm in block.norm if isinstance(block, mgic.MGICBlock) else ():
+            nn.init.ones_(norm.weight)
+    return model
+
+
+def test_corrections_from_coarse_grids_start_at_zero():
+    model = mgic.create_model("mgic_diffgcn", width=0.5, group_size=8, coarsest=8).eval()
+    x = torch.randn(2, 3, 20)
+    without = model(x)
+    for block in model.modules():
+        if isinstance(block, mgic.MGICBlock):
+            nn.init.ones_(block.prolong[0].weight)
+    assert torch.equal(model(x), without)
+    assert not torch.allclose(wake(model)(x), without)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_has_a_gradient(name):
     model = mgic.create_model(name, num_classes=40, in_chans=5)
-    model(torch.randn(4, 5, 20)).square().sum().backward()
+    wake(model)(torch.randn(4, 5, 20)).square().sum().backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters())
 
 

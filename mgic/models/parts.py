@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
+from ..blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, zero_scale
 from ..cycle import Scheme, additive, frozen, multiplicative, plain_prolongation, tau_correction
 from ..errors import UserError, suggest
 from ..hierarchy import plan_groups
@@ -33,7 +33,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 _SCHEME: dict[str, dict[str, Any]] = {
     "cycle": {"multiplicative": multiplicative, "additive": additive},
-    "norm": {"BatchNorm2d": nn.BatchNorm2d, "Identity": nn.Identity},
+    "norm": {"BatchNorm2d": nn.BatchNorm2d, "Identity": nn.Identity, "ZeroBatchNorm2d": zero_scale(nn.BatchNorm2d)},
     "plan": {"plan_groups": plan_groups},
     "transfer": {**_TRANSFERS, **{f"frozen_{name}": frozen(pair) for name, pair in _TRANSFERS.items()}},
 }
