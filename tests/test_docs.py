@@ -19,12 +19,22 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
     assert compared >= 3
 
 
-def table(page, name):
-    """The rows between ``<!-- name -->`` and ``<!-- /name -->``, without marks of code."""
+def whole_table(page, name):
+    """All rows between ``<!-- name -->`` and ``<!-- /name -->``, without marks of code."""
     text = (ROOT / page).read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
-    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert rows, name
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 2, name
     return [[cell.replace("`", "").strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def table(page, name):
+    """The rows below the head."""
+    return whole_table(page, name)[2:]
+
+
+def head(page, name):
+    """The names of the columns."""
+    return whole_table(page, name)[0]
 
 
 def short(network):
@@ -139,3 +149,24 @@ def test_the_table_of_coarse_maps_is_the_records():
         shares = [f"{100 * m['share_of_mean_square']['mean']:.2f} %" for m in found]
         rows.append([str(size), f"{found[0]['params']['mean']:,.0f}", *shares])
     assert table("docs/beyond.md", "coarse") == rows
+
+
+def test_the_table_of_segmentation_is_the_records():
+    records = [record(f"camvid/camvid-{name}.json")["metrics"] for name in head("docs/beyond.md", "camvid")[1:]]
+    assert len(records) == len(list((ROOT / "results/camvid").glob("*.json")))
+
+    def row(name, key, spread=False):
+        cells = [(m[key]["mean"], m[key]["std"], m[key]["values"]) for m in records]
+        return [
+            name,
+            *(f"{mean:.1f} ± {std:.1f}" if spread and len(v) > 1 else f"{mean:.1f}" for mean, std, v in cells),
+        ]
+
+    classes = [key for key in records[0] if key.startswith("test_iou_")]
+    assert table("docs/beyond.md", "camvid") == [
+        ["parameters", *(f"{m['params']['mean']:,.0f}" for m in records)],
+        ["seeds", *(str(len(m["test_miou"]["values"])) for m in records)],
+        row("mIoU", "test_miou", spread=True),
+        row("pixels right", "test_pixel_accuracy", spread=True),
+        *(row(key.removeprefix("test_iou_"), key) for key in classes),
+    ]
