@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from pages import run_page
 
+import mgic
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/theory.md", "docs/choosing.md")
 
@@ -170,3 +172,18 @@ def test_the_table_of_segmentation_is_the_records():
         row("pixels right", "test_pixel_accuracy", spread=True),
         *(row(key.removeprefix("test_iou_"), key) for key in classes),
     ]
+
+
+def test_what_a_block_needs_in_training_is_what_the_page_says():
+    ratios = {False: [], True: []}
+    for block in (mgic.BasicBlock, mgic.Bottleneck):
+        for width in (128, 256, 512, 1024):
+            hidden = width // 4 if block is mgic.Bottleneck else None
+            multigrid = mgic.MGICBlock(block, width, group_size=8, coarsest=16, hidden=hidden)
+            alone = mgic.memory(multigrid.relax[0], (width, 16, 16), batch=4).training
+            for checkpoints, found in ratios.items():
+                multigrid.set_grad_checkpointing(checkpoints)
+                found.append(mgic.memory(multigrid, (width, 16, 16), batch=4).training / alone)
+    page = " ".join((ROOT / "docs/index.md").read_text().split())
+    for found in ratios.values():
+        assert f"{min(found):.2f} to {max(found):.2f} times" in page
