@@ -139,7 +139,9 @@ def test_the_table_of_functions_is_the_records():
     for width in (32, 64, 128, 256):
         names = (f"{kind}function_net-{width}.json" for kind in ("", "ghost_", "mgic_"))
         metrics = [record(f"function-approximation/{name}")["metrics"] for name in names]
-        errors = [f"{1e4 * m['mse']['mean']:.2f} ± {1e4 * m['mse']['std']:.2f}" for m in metrics]
+        errors = [
+            f"{1e4 * m['mse']['mean']:.2f}\u00a0±\u00a0{1e4 * m['mse']['std']:.2f}" for m in metrics
+        ]  # kept on one line
         rows.append([str(width), *errors, *(f"{m['params']['mean']:,.0f}" for m in metrics)])
     assert table("docs/beyond.md", "functions") == rows
 
