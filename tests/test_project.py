@@ -76,6 +76,31 @@ def test_imports_point_one_way():
     assert not wrong
 
 
+def test_the_documented_order_of_imports_is_the_one_that_is_kept():
+    page = (ROOT / "docs/index.md").read_text()
+    said = page.partition("Right may import left:\n\n`")[2].partition("`")[0]
+    levels = [{name.strip() for name in level.split(",")} for level in said.split("←")]
+    kept = [level for level in ORDER if not any(name.startswith(("cli", "__")) for name in level)]
+    assert levels == [*kept, {"cli"}]
+
+
+def test_the_reference_has_every_module():
+    """But for the command line, which `--help` documents, and what is private to its folder."""
+    reference = (ROOT / "docs/reference.md").read_text().splitlines()
+    missing = []
+    for path, parts in modules():
+        name = ".".join(["mgic", *parts]).removesuffix(".__init__")
+        exempt = parts[-1].startswith(("cli", "__main__")) or name in (
+            "mgic",
+            "mgic.training",
+            "mgic.kernels",
+            "mgic.runtime",
+        )
+        if not exempt and f"::: {name}" not in reference:
+            missing.append(str(path.relative_to(ROOT)))
+    assert missing == ["mgic/kernels/tiles.py"], "whose programs only a GPU or an interpreter can import"
+
+
 SIBLINGS = {("hierarchy", "errors"), ("smoothing", "cycle"), ("__main__", "cli"), ("cli", "__version__")}
 
 
