@@ -153,7 +153,7 @@ def _parts_table(parts: "list[Part]") -> "Table":
 def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
     from rich.table import Table
 
-    from .reporting import plot_scaling
+    from .plots import plot_scaling
     from .scaling import explain, fit_exponent, scaling
 
     if len(set(args.widths)) < max(2, len(args.widths)) or not all(0 < width < float("inf") for width in args.widths):
@@ -238,7 +238,7 @@ def _add_figure(parser: ArgumentParser) -> None:
 
 
 def _run_figure(args: Namespace) -> int:
-    from .reporting import plot_panels
+    from .plots import plot_panels
     from .tables import build_figure
 
     title, panels = build_figure(args.id, _read_records(args.results))

@@ -86,7 +86,7 @@ def run_bench(args: Namespace, given: Sequence[str]) -> int:
     """Time, print, write."""
     from rich.console import Console
 
-    from .benchmarking import plot, run_benchmark
+    from .benchmarking import run_benchmark
     from .training.files import check_writable, write_json, write_text
 
     for path in (args.json, args.csv, args.plot, args.record):
@@ -105,7 +105,9 @@ def run_bench(args: Namespace, given: Sequence[str]) -> int:
     if args.csv is not None:
         write_text(args.csv, found.to_csv())
     if args.plot is not None:
-        plot(found.timings, args.plot, args.what)
+        from .plots import plot_times
+
+        plot_times(found.timings, args.plot, args.what)
     if args.record is not None:
         _write_record(args.record, found, _command(given))
     return 0

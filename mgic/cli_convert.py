@@ -62,8 +62,8 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     from rich.console import Console
 
     from .conversion import convert
+    from .conversion_report import conversion_table
     from .converted import Converted, save_converted
-    from .reporting import conversion_table
     from .surgery import Conversion
     from .training.files import check_writable
 

@@ -66,7 +66,7 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
         raise UserError("--only, --seeds, --data and --times belong to the run of one experiment")
     outcomes = {name: read_outcomes(name, args.results / name) for name in names}
     if args.plot is not None:
-        from .reporting import plot_outcomes
+        from .plots import plot_outcomes
 
         plot_outcomes(outcomes[args.name], args.plot, f"{args.name}: {EXPERIMENTS[args.name].question}")
     if args.json:

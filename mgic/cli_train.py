@@ -429,7 +429,8 @@ def run_demo(args: Namespace, given: Sequence[str]) -> int:
     from .counting import cost
     from .data import load_data
     from .models import check_model
-    from .reporting import compare_table, plot_curves
+    from .plots import plot_curves
+    from .reporting import compare_table
     from .training.files import write_json
 
     check_seeds(args.seeds)

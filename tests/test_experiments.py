@@ -26,7 +26,8 @@ from mgic.experiments import (
     read_outcomes,
 )
 from mgic.models import build_model
-from mgic.reporting import experiments_markdown, plot_outcomes
+from mgic.plots import plot_outcomes
+from mgic.reporting import experiments_markdown
 from mgic.tables import _matching
 from mgic.training import RECIPES, read_record
 

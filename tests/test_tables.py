@@ -14,7 +14,8 @@ from torch import nn
 import mgic
 from mgic import UserError, tables
 from mgic.cli import main
-from mgic.reporting import paper_csv, paper_markdown, paper_sheet, plot_panels
+from mgic.plots import plot_panels
+from mgic.reporting import paper_csv, paper_markdown, paper_sheet
 from mgic.tables import build_figure, build_table, table_ids
 from mgic.training import read_record
 
