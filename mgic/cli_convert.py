@@ -174,15 +174,10 @@ def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tens
             if args[flag]:
                 raise UserError(f"--{flag} belongs to a network given by name; {folder} is a run folder")
         run = load_network(folder, create_model)
-        arguments = {
-            "num_classes": run.data["num_classes"],
-            "in_chans": run.data["input_size"][0],
-            **run.recipe.model_args,
-        }
         if args.input_size is None:
             args.input_size = run.data["input_size"]
         images = _calibration(args, args.data or run.recipe.data, args.data_args or run.recipe.data_args, run)
-        return run.model, run.recipe.model, arguments, images
+        return run.model, run.recipe.model, run.arguments, images
     if args.pretrained and args.checkpoint:
         raise UserError("give one of --pretrained and --checkpoint")
     arguments = dict(args.model_args)

@@ -99,6 +99,11 @@ def test_timm_learns_how_to_prepare_images(classifier, tmp_path):
     found = resolve_model_data_config(model)
     assert (found["input_size"], found["mean"], found["std"]) == ((1, 8, 8), [0.3], [0.2])
     assert (found["crop_pct"], model.pretrained_cfg["license"]) == (1.0, "cc-by-4.0")
+    network = load_network(classifier, mgic.create_model)
+    assert not network.data["cropped"]
+    cropped = network._replace(data={**network.data, "cropped": True})
+    publishing._write_timms(cropped, tmp_path, None)
+    assert resolve_model_data_config(from_pretrained(tmp_path))["crop_pct"] == 0.875
 
 
 OTHERS = {

@@ -159,6 +159,7 @@ class Data:
         mean: Of the training inputs, per channel, in units of ``scale``; empty where inputs are fed as they are.
         std: Standard deviation, likewise.
         scale: What 1 stands for: 255 for pixels.
+        cropped: Images are files of any size, judged on their centres (`mgic.data.images.centre_crop`), not as they are.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Data:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     scale: float = 255
+    cropped: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -218,6 +220,7 @@ class Data:
             "input_size": list(self.input_size),
             "mean": list(self.mean),
             "std": list(self.std),
+            "cropped": self.cropped,
         }
 
 

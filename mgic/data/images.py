@@ -429,6 +429,7 @@ def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: 
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        cropped=True,
         note=f"image folder {path.name}: {len(train):,} train and {len(test):,} {test_name} images",
     )
 

@@ -128,6 +128,7 @@ def folder(
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        cropped=True,
         note=f"shards of {path.name}: {' and '.join(counts)}",
     )
 
