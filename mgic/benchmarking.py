@@ -36,7 +36,7 @@ from .counting import Cost, cost
 from .errors import UserError, suggest
 from .exporting import describe_artefact, format_of, load_artefact
 from .formats import FORMATS
-from .models import TORCHVISION, create_model
+from .models import TORCHVISION, build_model
 from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
 from .training.fast import fast_training_
 
@@ -126,10 +126,7 @@ class Network:
             UserError: If there is no such network, it does not take the arguments, or has no input size.
         """
         torch.manual_seed(0)
-        try:
-            model = create_model(self.name, **self.args)
-        except TypeError as error:
-            raise UserError(f"{self} cannot be built: {error}") from error
+        model = build_model(self.name, self.args)
         random_norms_(model)
         size = self.input_size(model)
         if size is None:

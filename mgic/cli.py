@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from . import __version__, cli_bench, cli_convert, cli_experiment, cli_export, cli_report, cli_train
-from .cli_output import check_output, console, print_json
+from .cli_output import check_plot, console, print_json
 from .errors import Stopped, UserError, suggest
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
 
     if len(set(args.widths)) < max(2, len(args.widths)) or not all(0 < width < float("inf") for width in args.widths):
         raise UserError(f"--widths must be two or more different, positive multipliers, got {args.widths}")
-    check_output(args.plot)
+    check_plot(args.plot)
     rows = scaling(args.model, args.model_args, args.widths, size)
     names = ("params", "macs", "dense_params", "dense_macs")
     exponents = {name: fit_exponent([(row.width, getattr(row, name)) for row in rows]) for name in names}
@@ -242,7 +242,7 @@ def _run_figure(args: Namespace) -> int:
     from .tables import build_figure
 
     title, panels = build_figure(args.id, _read_records(args.results))
-    check_output(args.out)
+    check_plot(args.out)
     plot_panels(panels, args.out, title)
     console().print(f"{title}: {args.out}")
     return 0

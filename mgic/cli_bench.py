@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_output import check_output, check_plot, console
 from .errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -84,22 +85,15 @@ def add_bench(parser: ArgumentParser) -> None:
 
 def run_bench(args: Namespace, given: Sequence[str]) -> int:
     """Time, print, write."""
-    from rich.console import Console
-
     from .benchmarking import plot, run_benchmark
-    from .training.files import check_writable, write_json, write_text
+    from .training.files import write_json, write_text
 
-    for path in (args.json, args.csv, args.plot, args.record):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None:
-        import matplotlib  # noqa: F401  (if it is missing: before the work, not after it)
-    console, progress = Console(highlight=False, markup=False, soft_wrap=True), Console(stderr=True, markup=False)
-    if not console.is_terminal:
-        console.width = 140
-    found = run_benchmark(_groups(args), args.rounds, args.seconds, args.out, progress.print)
+    check_plot(args.plot)
+    check_output(args.json, args.csv, args.record)
+    found = run_benchmark(_groups(args), args.rounds, args.seconds, args.out, console(stderr=True).print)
+    out = console(width=140)
     for table in _tables(found):
-        console.print(table, "")
+        out.print(table, "")
     if args.json is not None:
         write_json(args.json, vars(found))
     if args.csv is not None:

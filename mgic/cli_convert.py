@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_data import add_other_data, load_named_data, load_run_data, load_trained
+from .cli_output import check_output, console, print_json
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from .fitting import Fit
     from .surgery import Report
+    from .training import TrainedNetwork
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
   mgic convert timm_or_own_name --target_macs 1e9 --out converted
@@ -46,9 +49,7 @@ def add_convert(parser: ArgumentParser) -> None:
     parser.add_argument("--only", type=list[str], default=None, help="shell patterns of layers that may be replaced")
     parser.add_argument("--input_size", type=list[int], default=None, help="'[3, 224, 224]'; its own by default")
     parser.add_argument("--warm-start", action="store_true", help="fit the new layers to the weights of the old")
-    parser.add_argument("--data", type=str, default=None, help="data set of --warm-start; that of the run by default")
-    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    add_other_data(parser, "of --warm-start")
     parser.add_argument("--samples", type=int, default=None, help="training samples of --warm-start; 512 by default")
     parser.add_argument("--steps", type=int, default=None, help="steps of each layer's reconstruction; 100 by default")
     parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
@@ -59,22 +60,18 @@ def add_convert(parser: ArgumentParser) -> None:
 
 def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
-    from rich.console import Console
-
     from .conversion import convert
     from .converted import Converted, save_converted
     from .reporting import conversion_table
     from .surgery import Conversion
-    from .training.files import check_writable
 
     if args.out is None and not args.dry_run:
         raise UserError("--out is missing: the folder of the converted network; or give --dry-run")
     if args.out is not None:
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out}: not empty; name a new folder")
-        check_writable(args.out / "conversion.json")
-    if args.record is not None:
-        check_writable(args.record)
+        check_output(args.out / "conversion.json")
+    check_output(args.record)
     _defaults(args)
     model, name, arguments, calibration = _source(args)
     options: dict[str, Any] = {"where": _where(args.only), "input_size": args.input_size, "dry_run": args.dry_run}
@@ -93,25 +90,23 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     if args.record is not None:
         _write_record(args.record, report, fits, given)
     if args.json:
-        print(json.dumps({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]}, indent=2))  # noqa: T201
+        print_json({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]})
         return 0
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(conversion_table(report))
-    console.print(str(report))
-    _print_budget(report, console.print)
+    out = console(width=160)
+    out.print(conversion_table(report))
+    out.print(str(report))
+    _print_budget(report, out.print)
     for fit in fits:
-        console.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
+        out.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
     if args.out is not None and not args.dry_run:
-        console.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
+        out.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
     return 0
 
 
 def _defaults(args: Namespace) -> None:
     """Refuse flags that would do nothing, and fill in the others."""
-    for flag in ("data", "data_args", "samples", "steps"):
-        if args[flag] is not None and not args.warm_start:
+    for flag in ("data", "data_args", "download", "samples", "steps"):
+        if args[flag] not in (None, False) and not args.warm_start:
             raise UserError(f"--{flag} belongs to --warm-start")
     if args.threads is not None and args.target_ms is None:
         raise UserError("--threads belongs to --target_ms")
@@ -165,33 +160,32 @@ def _print_budget(report: "Report", say: Any) -> None:
 
 def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
     """Return the network, its name and arguments, and calibration inputs where they are asked for."""
-    from .models import create_model
-    from .training.weights import fit_weights, load_network, load_start
+    from .models import build_model
+    from .training.weights import fit_weights, load_start
 
     folder = Path(args.source)
     if folder.is_dir():
         for flag in ("model_args", "checkpoint", "pretrained"):
             if args[flag]:
                 raise UserError(f"--{flag} belongs to a network given by name; {folder} is a run folder")
-        run = load_network(folder, create_model)
+        run = load_trained(folder)
         if args.input_size is None:
             args.input_size = run.data["input_size"]
-        images = _calibration(args, args.data or run.recipe.data, args.data_args or run.recipe.data_args, run)
-        return run.model, run.recipe.model, run.arguments, images
+        return run.model, run.recipe.model, run.arguments, _calibration(args, run)
     if args.pretrained and args.checkpoint:
         raise UserError("give one of --pretrained and --checkpoint")
     arguments = dict(args.model_args)
     weights = (
         {} if not args.pretrained else {"weights": "DEFAULT"} if _torchvision(args.source) else {"pretrained": True}
     )
-    model = create_model(args.source, **arguments, **weights)
+    model = build_model(args.source, {**arguments, **weights})
     if args.checkpoint is not None:
         fit_weights(
             model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {args.source}"
         )
     if args.warm_start and args.data is None:
         raise UserError("--warm-start of a network given by name needs calibration data: --data")
-    return model.eval(), args.source, arguments, _calibration(args, args.data, args.data_args or {}, None)
+    return model.eval(), args.source, arguments, _calibration(args, None)
 
 
 def _torchvision(name: str) -> bool:
@@ -200,15 +194,9 @@ def _torchvision(name: str) -> bool:
     return name.startswith(TORCHVISION)
 
 
-def _calibration(args: Namespace, name: str | None, arguments: dict[str, Any], run: Any) -> "list[Tensor]":
+def _calibration(args: Namespace, run: "TrainedNetwork | None") -> "list[Tensor]":
     """Return training inputs, normalised as the network expects, in batches."""
-    if not args.warm_start or args.dry_run or name is None:
+    if not args.warm_start or args.dry_run:
         return []
-    from dataclasses import replace
-
-    from .data import load_data, padded
-
-    data = padded(load_data(name, args.root, **arguments), run.recipe.pad_images if run is not None else 0)
-    if run is not None:
-        data = replace(data, mean=tuple(run.data["mean"]), std=tuple(run.data["std"]))
+    data = load_named_data(args) if run is None else load_run_data(Path(args.source), run.recipe, run.data, args)
     return [inputs for inputs, _ in data.drawn(data.train, args.samples, min(64, args.samples))]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .cli_output import check_output, console, print_json
-from .cli_train import add_data, check_seeds, command_of, load_run_data, set_threads, train_seeds, write_training_record
+from .cli_data import add_data, load_recipe_data
+from .cli_output import check_output, check_plot, console, print_json
+from .cli_train import check_seeds, command_of, set_threads, train_seeds, write_training_record
 from .errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
     names = list(EXPERIMENTS) if args.name is None else [args.name]
     if args.plot is not None and args.name is None:
         raise UserError("--plot belongs to one experiment")
-    check_output(args.plot)
+    check_plot(args.plot)
     if args.times and (args.only or args.seeds or args.data):
         raise UserError("--times counts and times all variants: --only, --seeds and --data belong to training")
     if args.name is not None and not (args.show or args.json or args.markdown):
@@ -101,7 +102,7 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
         if lost := sorted(set(recorded) - set(seeds)):
             raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
     set_threads(args.threads)
-    data = {key: load_run_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
+    data = {key: load_recipe_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
     runs: dict[str, list[RunSummary]] = {variant: [] for variant in variants}
     out = console(stderr=True)
     for seed, (variant, recipe) in product(seeds, recipes.items()):

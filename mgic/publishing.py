@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from .counting import cost
 from .data import licence
 from .errors import UserError
-from .models import build_model, check_strange, create_model
+from .models import build_model, check_strange
 from .prediction import sees_crops
 from .runtime.paths import BROKEN
 from .training.files import read_json, sha256, told_when_full, write_json, write_text
@@ -69,7 +69,7 @@ def publish(run: str | Path, folder: str | Path, license: str | None = None) -> 
             outputs of the run.
     """
     run, folder = Path(run), Path(folder)
-    network = load_network(run, create_model)
+    network = load_network(run, lambda name, **arguments: build_model(name, arguments))
     require_finished(run, network.origin)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there and not empty; choose a new folder")

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from jsonargparse import Namespace
 
 import mgic
+from mgic import cli_convert, cli_export
 from mgic.cli import EXTRAS, VERBS, main
+from mgic.data import epoch_order, load_data, padded
+from mgic.errors import UserError
+from mgic.training import TrainedNetwork
 from mgic.training.recipes import RECIPES, Recipe
 
 
@@ -100,6 +106,27 @@ def test_evaluation_feeds_other_data_as_the_network_was_trained(call, tiny, run_
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["other data", "the run's"])
+def test_calibration_sees_data_as_the_network_of_the_run_does(tiny, tmp_path, named):
+    """Darker training images are darker for the network too, and padded as its own; alike for every verb."""
+    other = tmp_path / "other.npz"
+    with np.load(tiny) as arrays:
+        np.savez(other, **{**arrays, "x_train": arrays["x_train"] // 2})
+    recipe, own = Recipe(data=str(tiny), pad_images=1), padded(load_data(str(tiny)), 1)
+    args = Namespace(source="run", data=str(other) if named else None, data_args=None, root=None, download=False)
+    args.update(Namespace(warm_start=True, dry_run=False, samples=8, calibration_samples=8))
+    pixels = padded(load_data(str(other if named else tiny)), 1).train.images[epoch_order(32, 0, 0)[:8]]
+    expected = own.normalizer("cpu")(pixels)
+    run = TrainedNetwork(None, recipe, own.fingerprint(), {})
+    source = cli_export.Source("run", None, "", (1, 10, 10), recipe, own.fingerprint())
+    for found in (cli_export._calibration(source, args)[0], cli_convert._calibration(args, run)):
+        torch.testing.assert_close(torch.cat(found), expected)
+    changed = run._replace(data={**run.data, "digest": "another"})
+    if not named:
+        with pytest.raises(UserError, match="is not the data it was trained on; name other data with --data"):
+            cli_convert._calibration(args, changed)
+
+
 def test_damaged_files_of_a_run_are_named(call, tiny, tmp_path):
     words = small(tiny, tmp_path / "runs", seeds="[0,1]", epochs=1)
     assert call("train", *words)[0] == 0
@@ -183,6 +210,7 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "no run": (["evaluate", tmp_path], "not a run folder"),
         "unknown split": (["evaluate", run_folder, "--split=val"], "must be train or test, got 'val'"),
         "data of other shape": (["evaluate", run_folder, "--data=digits"], "do not fit"),
+        "a network that cannot be timed": (["bench", "inference", "resnet20:drop_rate=2"], "cannot be built with"),
         "no match": (["models", "vgg*"], "no model matches 'vgg*'"),
         "repeated seeds": (["train", *small(tiny, new, seeds="[1,1]")], "different seeds"),
         "negative threads": (["train", *small(tiny, new, threads=-1)], "--threads must be 0 or more"),
@@ -334,6 +362,8 @@ def test_r32_the_extras_are_those_of_the_project():
     [
         ("lightning", "train", ["train", "--epochs=1", "--batch_size=1", "--model=resnet20"]),
         ("matplotlib", "plots", ["figure", "mgic-3", "--out={out}/f.png"]),
+        ("matplotlib", "plots", ["demo", "--out={out}/demo", "--epochs=1", "--seeds=[0]"]),
+        ("matplotlib", "plots", ["cost", "resnet20", "--scaling", "--widths=[1, 2]", "--plot={out}/f.png"]),
         ("onnx", "onnx", ["export", "resnet20", "--to=[onnx]", "--out={out}/o"]),
         ("openvino", "openvino", ["export", "resnet20", "--to=[openvino]", "--out={out}/o"]),
         ("executorch", "executorch", ["export", "resnet20", "--to=[executorch]", "--out={out}/o"]),
