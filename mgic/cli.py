@@ -78,11 +78,11 @@ def _run_cost(args: Namespace) -> int:
 
     from .counting import breakdown, cost, memory
     from .models import build_model
+    from .survey import input_size_of
 
     with torch.device("meta"):
         model = build_model(args.model, args.model_args)
-    config: Any = getattr(model, "pretrained_cfg", {})
-    size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
+    size = tuple(args.input_size or input_size_of(model))
     if args.scaling:
         return _run_scaling(args, size)
     if args.plot is not None:

@@ -151,10 +151,8 @@ def load_source(args: Namespace) -> Source:
     else:
         weights = args.checkpoint.name
         fit_weights(model, read_safetensors(args.checkpoint), f"{args.checkpoint}: its weights do not fit {network}")
-    own = network.input_size(model)
-    if args.input_size is None and own is None:
-        raise UserError(f"{network.name} says no input size: give --input_size, such as '[3, 1024]' for 1024 points")
-    return Source(network.file_name, model.eval(), weights, tuple(args.input_size or own or ()))
+    size = tuple(args.input_size or network.input_size(model))
+    return Source(network.file_name, model.eval(), weights, size)
 
 
 def _formats(names: Sequence[str]) -> "dict[str, Format]":

@@ -28,10 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from .counting import cost
 from .data import licence
-from .errors import UserError
+from .errors import BROKEN, UserError
 from .models import build_model, check_strange
 from .prediction import sees_crops
-from .runtime.paths import BROKEN
 from .training.files import read_json, sha256, told_when_full, write_json, write_text
 from .training.folder import read_sources
 from .training.recipes import Recipe

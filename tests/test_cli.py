@@ -13,9 +13,11 @@ from jsonargparse import Namespace
 
 import mgic
 from mgic import cli_convert, cli_export
+from mgic.benchmarking import Network
 from mgic.cli import EXTRAS, VERBS, main
 from mgic.data import epoch_order, load_data, padded
 from mgic.errors import UserError
+from mgic.survey import input_size_of
 from mgic.training import TrainedNetwork
 from mgic.training.recipes import RECIPES, Recipe
 
@@ -202,6 +204,10 @@ def wrong_calls(tiny, run_folder, tmp_path):
             ["cost", "mgic_resnet20", "--input_size=[5, 8, 8]"],
             "cannot take 1 input(s) of size (5, 8, 8)",
         ),
+        "an assertion inside the network": (
+            ["cost", "vit_tiny_patch16_224", "--model_args={depth: 1}", "--input_size=[3, 100, 100]"],
+            "cannot take 1 input(s) of size (3, 100, 100)",
+        ),
         "pretrained": (["cost", "mgic_resnet20", "--model_args={pretrained: true}"], "no pretrained weights exist"),
         "finished run": (["train", *small(tiny, run_folder)], "holds a finished run"),
         "another configuration": (["train", *small(tiny, run_folder, lr=0.5)], "lr is 0.1 there, 0.5 asked"),
@@ -261,6 +267,25 @@ def test_cost_prints_what_the_library_counts(call):
     assert counted["notes"] == []
     assert "groups of 4; below 8" in call("cost", "mgic_resnet20", "--model_args={group_size: 4}")[1]
     assert "301,690 parameters" in call("cost", "mgic_resnet56")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("mgic_resnet20", {"in_chans": 1}, [1, 32, 32]),
+        ("torchvision:inception_v3", {}, [3, 299, 299]),
+        ("torchvision:squeezenet1_1", {}, [3, 224, 224]),
+        ("mgic_diffgcn", {"in_chans": 5}, [5, 1024]),
+        ("mgic_unet", {"width": 4, "depth": 1}, [3, 224, 224]),
+    ],
+)
+def test_every_verb_asks_the_network_for_its_input_size(call, name, arguments, size):
+    status, out, err = call("cost", name, f"--model_args={json.dumps(arguments)}", "--json")
+    assert status == 0, err
+    assert json.loads(out)["input_size"] == size
+    with torch.device("meta"):
+        model = mgic.create_model(name, **arguments)
+    assert list(Network(name, arguments).input_size(model)) == list(input_size_of(model)) == size
 
 
 def test_models_lists_every_network_with_a_description(call):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import Stopped, UserError
+from ..errors import BROKEN, Stopped, UserError
 from .tasks import Task
 
 T = TypeVar("T")
@@ -451,14 +451,9 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
 
 
 UNREADABLE = (
+    *BROKEN,
     OSError,
     EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
     SyntaxError,
     MemoryError,
     struct.error,
