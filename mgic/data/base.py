@@ -513,10 +513,17 @@ def _check_header(path: Path, file: Any) -> None:
     check_announced(path, math.prod(shape) * dtype.itemsize)
 
 
-def missing(what: str, folder: Path, expected: Sequence[str]) -> UserError:
-    """The error about a set that is not where it was looked for: what is expected there, and what is."""
-    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-    return UserError(
-        f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}; "
-        "--download fetches named sets, --root names their folder"
-    )
+class Missing(UserError):  # noqa: N818  (what is wrong, not that something is)
+    """A set is not where it was looked for: what is expected there, and what is. `load_data` adds where to get it.
+
+    Args:
+        what: The set, or the part of it.
+        folder: Where it was looked for.
+        expected: Files or folders.
+    """
+
+    def __init__(self, what: str, folder: Path, expected: Sequence[str]):
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+        super().__init__(
+            f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}"
+        )

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..cache import cache_folder
 from ..errors import UserError
-from .base import UNREADABLE, BadSamples, Data, missing
+from .base import UNREADABLE, BadSamples, Data, Missing
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .tasks import classification
 
@@ -88,9 +88,7 @@ class ShardedImages(ImageFiles):
         return self.samples.digest()
 
 
-def folder(
-    path: Path, download: bool, *, image_size: int = 224, num_classes: int | None = None, on_bad_sample: str = "error"
-) -> Data:
+def folder(path: Path, *, image_size: int = 224, num_classes: int | None = None, on_bad_sample: str = "error") -> Data:
     """A folder of tar files: ``train*.tar`` and ``val*.tar`` (or ``test``), or any names in folders so called.
 
     Something may stand before the word, if no letter does: ``imagenet1k-train-0000.tar``, not ``constrained.tar``.
@@ -100,7 +98,6 @@ def folder(
 
     Args:
         path: The folder.
-        download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
         num_classes: Default: the largest training label plus one.
         on_bad_sample: As of image folders.
@@ -111,7 +108,7 @@ def folder(
     found = _by_split(path)
     train, test = found["train"], found["val"] or found["test"]
     if not (train and test):
-        raise missing(f"shards {path}", path, ["train*.tar or train/*.tar", "val*.tar or val/*.tar (or test)"])
+        raise Missing(f"shards {path}", path, ["train*.tar or train/*.tar", "val*.tar or val/*.tar (or test)"])
     splits = [_indexed(files) for files in (train, test)]
     classes = int(splits[0].table[:, 3].max()) + 1 if num_classes is None else num_classes
     for part in splits:
