@@ -34,6 +34,10 @@ Start with
   mgic train --recipe digits --out runs/a    train; the same command continues a run that was stopped"""
 
 
+RESULTS = Path("results")
+"""Where our own records are, unless it is said."""
+
+
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keep the lines of descriptions as they are written."""
 
@@ -183,7 +187,7 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
 
 
 def _add_results(parser: ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of our own records")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of our own records")
 
 
 def _add_table(parser: ArgumentParser) -> None:
@@ -197,9 +201,12 @@ def _add_table(parser: ArgumentParser) -> None:
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:
-    from .training import read_record
+    """Our own records; the default folder need not be there."""
+    from .training import read_records
 
-    return [{**read_record(path), "file": path.as_posix()} for path in sorted(folder.rglob("*.json"))]
+    if folder == RESULTS and not folder.exists():
+        return []
+    return [{**record, "file": (folder / name).as_posix()} for name, record in read_records(folder).items()]
 
 
 def _run_table(args: Namespace) -> int:

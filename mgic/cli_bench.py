@@ -1,6 +1,5 @@
 """The verb ``bench``: what it can time, its flags, what it prints."""
 
-import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,7 +100,9 @@ def run_bench(args: Namespace, given: Sequence[str]) -> int:
     if args.plot is not None:
         plot(found.timings, args.plot, args.what)
     if args.record is not None:
-        _write_record(args.record, found, _command(given))
+        from .training.records import command_of
+
+        _write_record(args.record, found, command_of(given, "--json"))
     return 0
 
 
@@ -162,18 +163,6 @@ def _tables(found: "Benchmark") -> "list[Table]":
 def _cell(row: dict[str, Any], key: str) -> str:
     name, _, form = key.partition(":")
     return "" if row[name] is None else format(row[name], form)
-
-
-def _command(given: Sequence[str]) -> str:
-    """Return the call as anybody would repeat it, without the files of this machine."""
-    words, skip = ["mgic"], False
-    for word in given:
-        flag = word.partition("=")[0]
-        if not skip and flag not in ("--out", "--json", "--csv", "--plot", "--record"):
-            words.append(word)
-            continue
-        skip = not skip and "=" not in word
-    return shlex.join(words)
 
 
 def _write_record(path: Path, found: "Benchmark", command: str) -> None:

@@ -1,7 +1,6 @@
 """The verb ``convert``: any network in, a converted one with its report out."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,24 +116,17 @@ def _defaults(args: Namespace) -> None:
 
 
 def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
-    from .training.records import make_record, write_record
+    from .training.records import command_of, make_record, write_record
 
     pairs = {"before": report.before, "after": report.after}
     metrics = {f"{unit}_{when}": [getattr(cost, unit)] for when, cost in pairs.items() for unit in ("params", "macs")}
     budget = dict(report.budget)
     if budget:
         metrics |= {f"{budget['unit']}_{key}": [budget[key]] for key in ("before", "target", "predicted", "measured")}
-    keep = ("--out", "--root", "--record", "--checkpoint")
-    words: list[str] = []
-    for word in given:  # without the folders of this machine
-        if words and words[-1] in keep:
-            words.pop()
-        elif word.partition("=")[0] not in keep or "=" not in word:
-            words.append(word)
     rows = json.loads(report.to_json())["rows"]
     data = "no data; random weights" if not fits else "calibration inputs only"
     extra: dict[str, Any] = {"rows": rows, "budget": budget, "fits": [vars(fit) for fit in fits]}
-    write_record(path, make_record(shlex.join(["mgic", *words]), data, [0], metrics, report.notes, **extra))
+    write_record(path, make_record(command_of(given), data, [0], metrics, report.notes, **extra))
 
 
 def _where(patterns: list[str] | None) -> Any:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .cli_data import add_data, load_recipe_data
 from .cli_output import check_output, check_plot, console, print_json
-from .cli_train import check_seeds, command_of, set_threads, train_seeds, write_training_record
+from .cli_train import check_seeds, set_threads, train_seeds, write_training_record
 from .errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_experiment(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results/experiments"), help="folder of the records")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 0: as many as torch takes")
-    parser.add_argument("--accelerator", type=str, default="auto", help="Lightning's: auto, cpu, cuda, mps")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--times", action="store_true", help="count and time the networks instead of training them")
     parser.add_argument("--plot", type=Path, default=None, help="PNG of accuracy against cost, from the records")
     parser.add_argument("--show", action="store_true", help="show what is there, train nothing")
@@ -90,6 +90,7 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
         read_record,
         train,  # noqa: F401  (what is missing for it: said before the work)
     )
+    from .training.records import command_of
 
     experiment = EXPERIMENTS[name]
     seeds = check_seeds(list(experiment.seeds) if args.seeds is None else args.seeds)
@@ -138,7 +139,7 @@ def _measure(name: str, args: Namespace, given: Sequence[str]) -> None:
     """Count, and time one image on one thread, all variants in the same rounds, each in its fastest path."""
     from .benchmarking import Network, group, run_benchmark
     from .experiments import EXPERIMENTS
-    from .training.records import make_record, write_record
+    from .training.records import command_of, make_record, write_record
 
     experiment = EXPERIMENTS[name]
     check_output(args.results / name / "costs.json")

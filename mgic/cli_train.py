@@ -1,6 +1,5 @@
 """The verbs that train networks and those that use trained ones: train, evaluate, predict, publish, demo."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +121,7 @@ def run_train(args: Namespace, given: Sequence[str]) -> int:
         write_json(args.json_summary, whole)
     if args.record is not None:
         from .training.folder import read_sources
+        from .training.records import command_of
 
         write_training_record(args.record, recipe, data, runs, command_of(given), read_sources(folders[0]))
     return 0
@@ -202,27 +202,6 @@ def train_seeds(
             )
         )
     return runs
-
-
-def command_of(given: Sequence[str]) -> str:
-    """Return the call as a user would repeat it, without folders of this machine."""
-    from .training.records import without_folder
-
-    words, skip = ["mgic"], False
-    for word in given:
-        flag = word.partition("=")[0]
-        if skip:
-            skip = False
-            continue
-        if flag in ("--root", "--out", "--record", "--results", "--json-summary"):
-            skip = "=" not in word
-            continue
-        if flag in ("--data", "--config", "--teacher", "--init") and "=" in word:
-            word = f"{flag}={without_folder(word.partition('=')[2])}"
-        elif words[-1] in ("--data", "--config", "--teacher", "--init"):
-            word = without_folder(word)
-        words.append(word)
-    return shlex.join([*words, "--out=RUN"] if {"train", "experiment"} & set(words[:2]) else words)
 
 
 def write_training_record(
@@ -398,6 +377,7 @@ def run_demo(args: Namespace, given: Sequence[str]) -> int:
     from .models import check_model
     from .reporting import compare_table, plot_curves
     from .training.files import write_json
+    from .training.records import command_of
 
     check_seeds(args.seeds)
     if not args.models or len(set(args.models)) < len(args.models):

@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ from mgic.errors import UserError
 from mgic.survey import input_size_of
 from mgic.training import TrainedNetwork
 from mgic.training.recipes import RECIPES, Recipe
+from mgic.training.records import command_of
 
 
 @pytest.fixture
@@ -127,6 +129,45 @@ def test_calibration_sees_data_as_the_network_of_the_run_does(tiny, tmp_path, na
     if not named:
         with pytest.raises(UserError, match="is not the data it was trained on; name other data with --data"):
             cli_convert._calibration(args, changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [
+                "train",
+                "--data=masks:/home/me/b",
+                "--root",
+                "/data",
+                "--config",
+                "/etc/c.yaml",
+                "--out=/tmp/a",
+                "--lr=1",
+            ],
+            "train --data=masks:b --config c.yaml --lr=1 --out=RUN",
+        ),
+        (["experiment", "width", "--times", "--results", "r", "--plot", "p.png"], "experiment width --times --out=RUN"),
+        (
+            ["convert", "/home/me/run", "--json", "--checkpoint=/a/w.safetensors", "--record", "r", "--steps", "3"],
+            "convert run --json --checkpoint=w.safetensors --steps 3",
+        ),
+        (["demo", "--out", "--odd", "--json-summary", "s.json", "--epochs", "2"], "demo --epochs 2"),
+    ],
+)
+def test_the_command_of_a_record_names_no_folder_of_this_machine(given, said):
+    assert command_of(given) == f"mgic {said}"
+    assert command_of(["bench", "table8", "--json", "a.json", "--csv=b"], "--json") == "mgic bench table8"
+
+
+def test_a_folder_of_records_that_is_not_there_is_said_unless_it_is_the_default(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["table", "mgiad-4"], ["figure", "mgic-4", "--out=f.png"], ["report", "--out=r.html"]):
+        status, out, err = call(*words, "--results=nowhere")
+        assert (status, out) == (2, "")
+        assert "nowhere: no such folder; records are written by" in err
+    assert call("table", "mgiad-4")[0] == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_of_a_run_are_named(call, tiny, tmp_path):
@@ -414,6 +455,15 @@ def test_r32_commands_that_need_it_say_so_and_leave_nothing(package, extra, word
     assert err.count("\n") == 1
     if package != "torch_geometric":
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_accelerators_that_training_refuses_are_offered_by_no_verb(capsys):
+    offered = set()
+    for verb in ("train", "experiment"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        offered |= set(re.findall(r"--accelerator ACCELERATOR\s+([^(]*?)\s+\(", capsys.readouterr().out))
+    assert offered == {"auto, cpu or cuda"}
 
 
 def test_help_needs_no_torch():
