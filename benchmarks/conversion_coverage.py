@@ -71,7 +71,7 @@ def try_one(name: str) -> dict:
             return {"network": name, "skipped": f"{params:,} parameters"}
     torch.manual_seed(0)
     model = build(name)
-    size = (3, 299, 299) if name.endswith("inception_v3") else input_size_of(model)
+    size = input_size_of(model)
     converted, report = convert(model, CONVERSION, input_size=size)
     after = cost(converted, size)
     assert after == report.after, f"report {report.after}, mgic.cost {after}"

@@ -36,8 +36,9 @@ from .counting import Cost, cost
 from .errors import UserError, suggest
 from .exporting import describe_artefact, format_of, load_artefact
 from .formats import FORMATS
-from .models import TORCHVISION, create_model
+from .models import TORCHVISION, build_model
 from .runtime.paths import PATHS, PathUnavailable, Run, eager, relative_error
+from .survey import input_size_of
 from .training.fast import fast_training_
 
 TOLERANCE = 1e-4
@@ -123,27 +124,17 @@ class Network:
         """Return the network in eval mode and the size of its input; always with the same weights, see `random_norms_`.
 
         Raises:
-            UserError: If there is no such network, it does not take the arguments, or has no input size.
+            UserError: If there is no such network, or it does not take the arguments.
         """
         torch.manual_seed(0)
-        try:
-            model = create_model(self.name, **self.args)
-        except TypeError as error:
-            raise UserError(f"{self} cannot be built: {error}") from error
+        model = build_model(self.name, self.args)
         random_norms_(model)
-        size = self.input_size(model)
-        if size is None:
-            raise UserError(f"{self.name} says no input size; only networks for images can be timed")
-        return reparameterize_model(model.eval()), size
+        return reparameterize_model(model.eval()), self.input_size(model)
 
-    def input_size(self, model: nn.Module) -> tuple[int, ...] | None:
-        """Size of one input of the network that was built: channels of its arguments, pixels as asked for or its own."""
-        config: Any = getattr(model, "pretrained_cfg", {})
-        own = (3, 224, 224) if self.name.startswith(TORCHVISION) else config.get("input_size")
-        if own is None:
-            return None
-        channels, *pixels = own
-        return (self.args.get("in_chans", channels), *([self.size] * 2 if self.size else pixels))
+    def input_size(self, model: nn.Module) -> tuple[int, ...]:
+        """Size of one input of the network that was built: pixels as asked for, or its own."""
+        channels, *pixels = input_size_of(model)
+        return (channels, *([self.size] * 2 if self.size else pixels))
 
     def cost(self) -> Cost:
         """Count it, with branches merged."""

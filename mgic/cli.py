@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from . import __version__, cli_bench, cli_convert, cli_experiment, cli_export, cli_report, cli_train
-from .cli_output import check_output, console, print_json
+from .cli_output import check_plot, console, print_json
 from .errors import Stopped, UserError, suggest
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ Start with
   mgic demo                                  train a dense ResNet and its multigrid twin, side by side
   mgic cost mgic_resnet56                    what a network costs, level by level
   mgic train --recipe digits --out runs/a    train; the same command continues a run that was stopped"""
+
+
+RESULTS = Path("results")
+"""Where our own records are, unless it is said."""
 
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -78,11 +82,11 @@ def _run_cost(args: Namespace) -> int:
 
     from .counting import breakdown, cost, memory
     from .models import build_model
+    from .survey import input_size_of
 
     with torch.device("meta"):
         model = build_model(args.model, args.model_args)
-    config: Any = getattr(model, "pretrained_cfg", {})
-    size = tuple(args.input_size or config.get("input_size", (3, 224, 224)))
+    size = tuple(args.input_size or input_size_of(model))
     if args.scaling:
         return _run_scaling(args, size)
     if args.plot is not None:
@@ -158,7 +162,7 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
 
     if len(set(args.widths)) < max(2, len(args.widths)) or not all(0 < width < float("inf") for width in args.widths):
         raise UserError(f"--widths must be two or more different, positive multipliers, got {args.widths}")
-    check_output(args.plot)
+    check_plot(args.plot)
     rows = scaling(args.model, args.model_args, args.widths, size)
     names = ("params", "macs", "dense_params", "dense_macs")
     exponents = {name: fit_exponent([(row.width, getattr(row, name)) for row in rows]) for name in names}
@@ -183,7 +187,7 @@ def _run_scaling(args: Namespace, size: tuple[int, ...]) -> int:
 
 
 def _add_results(parser: ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of our own records")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of our own records")
 
 
 def _add_table(parser: ArgumentParser) -> None:
@@ -197,9 +201,12 @@ def _add_table(parser: ArgumentParser) -> None:
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:
-    from .training import read_record
+    """Our own records; the default folder need not be there."""
+    from .training import read_records
 
-    return [{**read_record(path), "file": path.as_posix()} for path in sorted(folder.rglob("*.json"))]
+    if folder == RESULTS and not folder.exists():
+        return []
+    return [{**record, "file": (folder / name).as_posix()} for name, record in read_records(folder).items()]
 
 
 def _run_table(args: Namespace) -> int:
@@ -242,7 +249,7 @@ def _run_figure(args: Namespace) -> int:
     from .tables import build_figure
 
     title, panels = build_figure(args.id, _read_records(args.results))
-    check_output(args.out)
+    check_plot(args.out)
     plot_panels(panels, args.out, title)
     console().print(f"{title}: {args.out}")
     return 0

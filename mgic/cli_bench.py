@@ -1,6 +1,5 @@
 """The verb ``bench``: what it can time, its flags, what it prints."""
 
-import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_output import check_output, check_plot, console
 from .errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -84,22 +84,15 @@ def add_bench(parser: ArgumentParser) -> None:
 
 def run_bench(args: Namespace, given: Sequence[str]) -> int:
     """Time, print, write."""
-    from rich.console import Console
-
     from .benchmarking import run_benchmark
-    from .training.files import check_writable, write_json, write_text
+    from .training.files import write_json, write_text
 
-    for path in (args.json, args.csv, args.plot, args.record):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None:
-        import matplotlib  # noqa: F401  (if it is missing: before the work, not after it)
-    console, progress = Console(highlight=False, markup=False, soft_wrap=True), Console(stderr=True, markup=False)
-    if not console.is_terminal:
-        console.width = 140
-    found = run_benchmark(_groups(args), args.rounds, args.seconds, args.out, progress.print)
+    check_plot(args.plot)
+    check_output(args.json, args.csv, args.record)
+    found = run_benchmark(_groups(args), args.rounds, args.seconds, args.out, console(stderr=True).print)
+    out = console(width=140)
     for table in _tables(found):
-        console.print(table, "")
+        out.print(table, "")
     if args.json is not None:
         write_json(args.json, vars(found))
     if args.csv is not None:
@@ -109,7 +102,9 @@ def run_bench(args: Namespace, given: Sequence[str]) -> int:
 
         plot_times(found.timings, args.plot, args.what)
     if args.record is not None:
-        _write_record(args.record, found, _command(given))
+        from .training.records import command_of
+
+        _write_record(args.record, found, command_of(given, "--json"))
     return 0
 
 
@@ -170,18 +165,6 @@ def _tables(found: "Benchmark") -> "list[Table]":
 def _cell(row: dict[str, Any], key: str) -> str:
     name, _, form = key.partition(":")
     return "" if row[name] is None else format(row[name], form)
-
-
-def _command(given: Sequence[str]) -> str:
-    """Return the call as anybody would repeat it, without the files of this machine."""
-    words, skip = ["mgic"], False
-    for word in given:
-        flag = word.partition("=")[0]
-        if not skip and flag not in ("--out", "--json", "--csv", "--plot", "--record"):
-            words.append(word)
-            continue
-        skip = not skip and "=" not in word
-    return shlex.join(words)
 
 
 def _write_record(path: Path, found: "Benchmark", command: str) -> None:

@@ -1,13 +1,14 @@
 """The verb ``convert``: any network in, a converted one with its report out."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_data import add_other_data, load_named_data, load_run_data, load_trained
+from .cli_output import check_output, console, print_json
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from .fitting import Fit
     from .surgery import Report
+    from .training import TrainedNetwork
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
   mgic convert timm_or_own_name --target_macs 1e9 --out converted
@@ -46,9 +48,7 @@ def add_convert(parser: ArgumentParser) -> None:
     parser.add_argument("--only", type=list[str], default=None, help="shell patterns of layers that may be replaced")
     parser.add_argument("--input_size", type=list[int], default=None, help="'[3, 224, 224]'; its own by default")
     parser.add_argument("--warm-start", action="store_true", help="fit the new layers to the weights of the old")
-    parser.add_argument("--data", type=str, default=None, help="data set of --warm-start; that of the run by default")
-    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    add_other_data(parser, "of --warm-start")
     parser.add_argument("--samples", type=int, default=None, help="training samples of --warm-start; 512 by default")
     parser.add_argument("--steps", type=int, default=None, help="steps of each layer's reconstruction; 100 by default")
     parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
@@ -59,22 +59,18 @@ def add_convert(parser: ArgumentParser) -> None:
 
 def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
-    from rich.console import Console
-
     from .conversion import convert
     from .conversion_report import conversion_table
     from .converted import Converted, save_converted
     from .surgery import Conversion
-    from .training.files import check_writable
 
     if args.out is None and not args.dry_run:
         raise UserError("--out is missing: the folder of the converted network; or give --dry-run")
     if args.out is not None:
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out}: not empty; name a new folder")
-        check_writable(args.out / "conversion.json")
-    if args.record is not None:
-        check_writable(args.record)
+        check_output(args.out / "conversion.json")
+    check_output(args.record)
     _defaults(args)
     model, name, arguments, calibration = _source(args)
     options: dict[str, Any] = {"where": _where(args.only), "input_size": args.input_size, "dry_run": args.dry_run}
@@ -93,25 +89,23 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     if args.record is not None:
         _write_record(args.record, report, fits, given)
     if args.json:
-        print(json.dumps({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]}, indent=2))  # noqa: T201
+        print_json({**json.loads(report.to_json()), "fits": [vars(fit) for fit in fits]})
         return 0
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(conversion_table(report))
-    console.print(str(report))
-    _print_budget(report, console.print)
+    out = console(width=160)
+    out.print(conversion_table(report))
+    out.print(str(report))
+    _print_budget(report, out.print)
     for fit in fits:
-        console.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
+        out.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
     if args.out is not None and not args.dry_run:
-        console.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
+        out.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
     return 0
 
 
 def _defaults(args: Namespace) -> None:
     """Refuse flags that would do nothing, and fill in the others."""
-    for flag in ("data", "data_args", "samples", "steps"):
-        if args[flag] is not None and not args.warm_start:
+    for flag in ("data", "data_args", "download", "samples", "steps"):
+        if args[flag] not in (None, False) and not args.warm_start:
             raise UserError(f"--{flag} belongs to --warm-start")
     if args.threads is not None and args.target_ms is None:
         raise UserError("--threads belongs to --target_ms")
@@ -122,24 +116,17 @@ def _defaults(args: Namespace) -> None:
 
 
 def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
-    from .training.records import make_record, write_record
+    from .training.records import command_of, make_record, write_record
 
     pairs = {"before": report.before, "after": report.after}
     metrics = {f"{unit}_{when}": [getattr(cost, unit)] for when, cost in pairs.items() for unit in ("params", "macs")}
     budget = dict(report.budget)
     if budget:
         metrics |= {f"{budget['unit']}_{key}": [budget[key]] for key in ("before", "target", "predicted", "measured")}
-    keep = ("--out", "--root", "--record", "--checkpoint")
-    words: list[str] = []
-    for word in given:  # without the folders of this machine
-        if words and words[-1] in keep:
-            words.pop()
-        elif word.partition("=")[0] not in keep or "=" not in word:
-            words.append(word)
     rows = json.loads(report.to_json())["rows"]
     data = "no data; random weights" if not fits else "calibration inputs only"
     extra: dict[str, Any] = {"rows": rows, "budget": budget, "fits": [vars(fit) for fit in fits]}
-    write_record(path, make_record(shlex.join(["mgic", *words]), data, [0], metrics, report.notes, **extra))
+    write_record(path, make_record(command_of(given), data, [0], metrics, report.notes, **extra))
 
 
 def _where(patterns: list[str] | None) -> Any:
@@ -165,38 +152,32 @@ def _print_budget(report: "Report", say: Any) -> None:
 
 def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
     """Return the network, its name and arguments, and calibration inputs where they are asked for."""
-    from .models import create_model
-    from .training.weights import fit_weights, load_network, load_start
+    from .models import build_model
+    from .training.weights import fit_weights, load_start
 
     folder = Path(args.source)
     if folder.is_dir():
         for flag in ("model_args", "checkpoint", "pretrained"):
             if args[flag]:
                 raise UserError(f"--{flag} belongs to a network given by name; {folder} is a run folder")
-        run = load_network(folder, create_model)
-        arguments = {
-            "num_classes": run.data["num_classes"],
-            "in_chans": run.data["input_size"][0],
-            **run.recipe.model_args,
-        }
+        run = load_trained(folder)
         if args.input_size is None:
             args.input_size = run.data["input_size"]
-        images = _calibration(args, args.data or run.recipe.data, args.data_args or run.recipe.data_args, run)
-        return run.model, run.recipe.model, arguments, images
+        return run.model, run.recipe.model, run.arguments, _calibration(args, run)
     if args.pretrained and args.checkpoint:
         raise UserError("give one of --pretrained and --checkpoint")
     arguments = dict(args.model_args)
     weights = (
         {} if not args.pretrained else {"weights": "DEFAULT"} if _torchvision(args.source) else {"pretrained": True}
     )
-    model = create_model(args.source, **arguments, **weights)
+    model = build_model(args.source, {**arguments, **weights})
     if args.checkpoint is not None:
         fit_weights(
             model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {args.source}"
         )
     if args.warm_start and args.data is None:
         raise UserError("--warm-start of a network given by name needs calibration data: --data")
-    return model.eval(), args.source, arguments, _calibration(args, args.data, args.data_args or {}, None)
+    return model.eval(), args.source, arguments, _calibration(args, None)
 
 
 def _torchvision(name: str) -> bool:
@@ -205,15 +186,9 @@ def _torchvision(name: str) -> bool:
     return name.startswith(TORCHVISION)
 
 
-def _calibration(args: Namespace, name: str | None, arguments: dict[str, Any], run: Any) -> "list[Tensor]":
+def _calibration(args: Namespace, run: "TrainedNetwork | None") -> "list[Tensor]":
     """Return training inputs, normalised as the network expects, in batches."""
-    if not args.warm_start or args.dry_run or name is None:
+    if not args.warm_start or args.dry_run:
         return []
-    from dataclasses import replace
-
-    from .data import load_data, padded
-
-    data = padded(load_data(name, args.root, **arguments), run.recipe.pad_images if run is not None else 0)
-    if run is not None:
-        data = replace(data, mean=tuple(run.data["mean"]), std=tuple(run.data["std"]))
+    data = load_named_data(args) if run is None else load_run_data(Path(args.source), run.recipe, run.data, args)
     return [inputs for inputs, _ in data.drawn(data.train, args.samples, min(64, args.samples))]

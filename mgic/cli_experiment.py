@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .cli_output import check_output, console, print_json
-from .cli_train import add_data, check_seeds, command_of, load_run_data, set_threads, train_seeds, write_training_record
+from .cli_data import add_data, load_recipe_data
+from .cli_output import check_output, check_plot, console, print_json
+from .cli_train import check_seeds, set_threads, train_seeds, write_training_record
 from .errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def add_experiment(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("results/experiments"), help="folder of the records")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 0: as many as torch takes")
-    parser.add_argument("--accelerator", type=str, default="auto", help="Lightning's: auto, cpu, cuda, mps")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--times", action="store_true", help="count and time the networks instead of training them")
     parser.add_argument("--plot", type=Path, default=None, help="PNG of accuracy against cost, from the records")
     parser.add_argument("--show", action="store_true", help="show what is there, train nothing")
@@ -54,7 +55,7 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
     names = list(EXPERIMENTS) if args.name is None else [args.name]
     if args.plot is not None and args.name is None:
         raise UserError("--plot belongs to one experiment")
-    check_output(args.plot)
+    check_plot(args.plot)
     if args.times and (args.only or args.seeds or args.data):
         raise UserError("--times counts and times all variants: --only, --seeds and --data belong to training")
     if args.name is not None and not (args.show or args.json or args.markdown):
@@ -89,6 +90,7 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
         read_record,
         train,  # noqa: F401  (what is missing for it: said before the work)
     )
+    from .training.records import command_of
 
     experiment = EXPERIMENTS[name]
     seeds = check_seeds(list(experiment.seeds) if args.seeds is None else args.seeds)
@@ -101,7 +103,7 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
         if lost := sorted(set(recorded) - set(seeds)):
             raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
     set_threads(args.threads)
-    data = {key: load_run_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
+    data = {key: load_recipe_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
     runs: dict[str, list[RunSummary]] = {variant: [] for variant in variants}
     out = console(stderr=True)
     for seed, (variant, recipe) in product(seeds, recipes.items()):
@@ -137,7 +139,7 @@ def _measure(name: str, args: Namespace, given: Sequence[str]) -> None:
     """Count, and time one image on one thread, all variants in the same rounds, each in its fastest path."""
     from .benchmarking import Network, group, run_benchmark
     from .experiments import EXPERIMENTS
-    from .training.records import make_record, write_record
+    from .training.records import command_of, make_record, write_record
 
     experiment = EXPERIMENTS[name]
     check_output(args.results / name / "costs.json")

@@ -1,6 +1,5 @@
 """The verb ``export``: where the network comes from, its flags, what it prints."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .cli_data import add_other_data, load_named_data, load_run_data, load_trained
+from .cli_output import check_output, console, print_json
 from .errors import Stopped, UserError, suggest
 
 if TYPE_CHECKING:
@@ -70,10 +71,7 @@ def add_export(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max_batch", type=int, default=8, help="most inputs at once, where memory is planned for them"
     )
-    parser.add_argument("--data", type=str, default=None, help="data set of the calibration; the run's own by default")
-    parser.add_argument("--data_args", type=dict, default={}, help="arguments of --data")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the torchvision data sets")
-    parser.add_argument("--download", action="store_true", help="fetch a missing data set")
+    add_other_data(parser, "of the calibration")
     parser.add_argument("--calibration_samples", type=int, default=256, help="training samples of the calibration")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -111,7 +109,7 @@ def run_export(args: Namespace, given: Sequence[str]) -> int:
             print(f"mgic: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
             failed = failed or getattr(error, "exit_code", 2)
     if args.json:
-        print(json.dumps([asdict(one) for one in made], indent=2))  # noqa: T201
+        print_json([asdict(one) for one in made])
     elif made:
         _show(source, made)
     return failed
@@ -125,8 +123,6 @@ def load_source(args: Namespace) -> Source:
     """
     if Path(args.source).is_dir():
         from .converted import is_converted, load_converted
-        from .models import create_model
-        from .training import load_network
 
         if args.checkpoint is not None:
             raise UserError(f"--checkpoint is for a named network; {args.source} is a folder, with weights of its own")
@@ -134,7 +130,7 @@ def load_source(args: Namespace) -> Source:
             converted = load_converted(args.source)
             size = tuple(args.input_size or converted.report.after.input_size)
             return Source(f"{converted.source.rpartition(':')[2]}_converted", converted.model, "converted", size)
-        run = load_network(args.source, create_model)
+        run = load_trained(Path(args.source))
         size, recipe = tuple(args.input_size or run.data["input_size"]), run.recipe
         weights = f"a run of {recipe.model} on {run.data['name'].rpartition('/')[2]}, seed {recipe.seed}"
         return Source(recipe.model.rpartition(":")[2], run.model, weights, size, recipe, run.data)
@@ -155,10 +151,8 @@ def load_source(args: Namespace) -> Source:
     else:
         weights = args.checkpoint.name
         fit_weights(model, read_safetensors(args.checkpoint), f"{args.checkpoint}: its weights do not fit {network}")
-    own = network.input_size(model)
-    if args.input_size is None and own is None:
-        raise UserError(f"{network.name} says no input size: give --input_size, such as '[3, 1024]' for 1024 points")
-    return Source(network.file_name, model.eval(), weights, tuple(args.input_size or own or ()))
+    size = tuple(args.input_size or network.input_size(model))
+    return Source(network.file_name, model.eval(), weights, size)
 
 
 def _formats(names: Sequence[str]) -> "dict[str, Format]":
@@ -174,18 +168,17 @@ def _formats(names: Sequence[str]) -> "dict[str, Format]":
 
 def _check(args: Namespace, formats: "dict[str, Format]") -> None:
     """Refuse, before any work, what could not end well."""
-    from .training.files import check_writable
-
     for name, kind in formats.items():
         for package in kind.packages:
             if find_spec(package) is None:
                 raise ModuleNotFoundError(f"{package} is not installed", name=package)
-        if kind.calibrated and args.data is None and not Path(args.source).is_dir():
+        if kind.calibrated and args.data is None and not _is_run(args.source):
             raise UserError(
                 f"{name} needs calibration data: --data NAME, with samples such as the network was trained on"
             )
-    if args.data is not None and not any(kind.calibrated for kind in formats.values()):
-        raise UserError("--data is for calibration, and none of these formats needs one")
+    for flag in ("data", "data_args"):
+        if args[flag] is not None and not any(kind.calibrated for kind in formats.values()):
+            raise UserError(f"--{flag} is for calibration, and none of these formats needs one")
     if args.calibration_samples < 1 or args.max_batch < 2:
         raise UserError(
             f"--calibration_samples must be 1 or more and --max_batch 2 or more, got {args.calibration_samples} and "
@@ -193,23 +186,22 @@ def _check(args: Namespace, formats: "dict[str, Format]") -> None:
         )
     if args.input_size is not None and (not args.input_size or min(args.input_size) < 1):
         raise UserError(f"--input_size must be positive numbers, got {args.input_size}")
-    check_writable(args.out / "model")
+    check_output(args.out / "model")
+
+
+def _is_run(source: str) -> bool:
+    """Whether a source is a folder that says what data it was trained on."""
+    from .converted import is_converted
+
+    return Path(source).is_dir() and not is_converted(source)
 
 
 def _calibration(source: Source, args: Namespace) -> "tuple[list[Tensor], Callable[[Run], float] | None]":
     """Random training samples, as the network sees them in training but not augmented; and the score on test samples."""
-    from .data import load_data, padded
-    from .training.folder import different
-
-    if args.data is not None:
-        data = load_data(args.data, args.root, args.download, **args.data_args)
+    if source.recipe is None or source.data is None:
+        data = load_named_data(args)
     else:
-        assert source.recipe is not None
-        assert source.data is not None
-        recipe = source.recipe
-        data = padded(load_data(recipe.data, args.root, args.download, **recipe.data_args), recipe.pad_images)
-        if different(source.data, data.fingerprint()):
-            raise UserError(f"{args.source}: {recipe.data} is not the data it was trained on; name data with --data")
+        data = load_run_data(Path(args.source), source.recipe, source.data, args)
     if data.input_size != source.input_size:
         raise UserError(
             f"{data.name} has inputs of size {list(data.input_size)}, the network's are {list(source.input_size)}; "
@@ -238,13 +230,10 @@ def _label(name: str) -> str:
 
 
 def _show(source: Source, made: "Sequence[Artefact]") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(f"{source.name}, input {'x'.join(map(str, source.input_size))}, weights: {source.weights}")
+    out = console()
+    out.print(f"{source.name}, input {'x'.join(map(str, source.input_size))}, weights: {source.weights}")
     table = Table(box=None, pad_edge=False)
     for name in ("format", "file", "MiB", "convolutions", "error", "dB", "score", "batches"):
         table.add_column(name, justify="left" if name in ("format", "file", "batches") else "right")
@@ -255,4 +244,4 @@ def _show(source: Source, made: "Sequence[Artefact]") -> None:
         size = f"{one.bytes / 2**20:.2f}"
         score = "" if one.score is None else f"{one.score['eager']:.2f} -> {one.score['file']:.2f} %"
         table.add_row(one.format, one.file, size, found, f"{one.error:.1e}", decibels, score, one.takes)
-    console.print(table)
+    out.print(table)

@@ -1,13 +1,13 @@
 """The verbs that train networks and those that use trained ones: train, evaluate, predict, publish, demo."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from .cli_output import check_output, console, print_json
+from .cli_data import add_data, add_other_data, load_recipe_data, load_run_data, load_trained
+from .cli_output import check_output, check_plot, console, print_json
 from .errors import UserError, suggest
 from .training.recipes import RECIPES, Recipe
 
@@ -41,12 +41,6 @@ Flags win over --config, which wins over --recipe. --model_args replaces all arg
     "demo": "  mgic demo --out runs/demo --seeds '[0, 1, 2]'",
 }
 """By verb."""
-
-
-def add_data(parser: ArgumentParser) -> None:
-    """Add the flags that say where data sets are."""
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the torchvision data sets")
-    parser.add_argument("--download", action="store_true", help="fetch a missing data set")
 
 
 def add_train(parser: ArgumentParser) -> None:
@@ -111,7 +105,7 @@ def run_train(args: Namespace, given: Sequence[str]) -> int:
 
     to_launch = must_launch(args.devices, args.num_nodes)
     sources = _load_sources(args)
-    data = load_run_data(recipe, args)
+    data = load_recipe_data(recipe, args)
     if to_launch:
         check_share(recipe.batch_size, args.devices * args.num_nodes)
         return launch(args.devices, args.num_nodes, given)
@@ -127,6 +121,7 @@ def run_train(args: Namespace, given: Sequence[str]) -> int:
         write_json(args.json_summary, whole)
     if args.record is not None:
         from .training.folder import read_sources
+        from .training.records import command_of
 
         write_training_record(args.record, recipe, data, runs, command_of(given), read_sources(folders[0]))
     return 0
@@ -139,25 +134,9 @@ def _load_sources(args: Namespace) -> dict[str, Any]:
     if args.new_head and args.init is None:
         raise UserError("--new-head belongs to --init")
     return {
-        "teacher": None if args.teacher is None else _load_network(args.teacher),
+        "teacher": None if args.teacher is None else load_trained(args.teacher),
         "init": None if args.init is None else load_start(args.init, args.new_head),
     }
-
-
-def _load_network(run: Path) -> "TrainedNetwork":
-    from .models import build_model
-    from .training import load_network
-
-    return load_network(run, lambda name, **arguments: build_model(name, arguments))
-
-
-def load_run_data(recipe: Recipe, args: Namespace) -> "Data":
-    """Check the model's name and load the data, before anything long."""
-    from .data import load_data, padded
-    from .models import check_model
-
-    check_model(recipe.model)
-    return padded(load_data(recipe.data, args.root, args.download, **recipe.data_args), recipe.pad_images)
 
 
 def check_seeds(seeds: list[int]) -> list[int]:
@@ -225,27 +204,6 @@ def train_seeds(
     return runs
 
 
-def command_of(given: Sequence[str]) -> str:
-    """Return the call as a user would repeat it, without folders of this machine."""
-    from .training.records import without_folder
-
-    words, skip = ["mgic"], False
-    for word in given:
-        flag = word.partition("=")[0]
-        if skip:
-            skip = False
-            continue
-        if flag in ("--root", "--out", "--record", "--results", "--json-summary"):
-            skip = "=" not in word
-            continue
-        if flag in ("--data", "--config", "--teacher", "--init") and "=" in word:
-            word = f"{flag}={without_folder(word.partition('=')[2])}"
-        elif words[-1] in ("--data", "--config", "--teacher", "--init"):
-            word = without_folder(word)
-        words.append(word)
-    return shlex.join([*words, "--out=RUN"] if {"train", "experiment"} & set(words[:2]) else words)
-
-
 def write_training_record(
     path: Path,
     recipe: Recipe,
@@ -298,35 +256,23 @@ def _show_runs(runs: "list[RunSummary]", task: "Task") -> None:
 def add_evaluate(parser: ArgumentParser) -> None:
     """Add the flags of ``evaluate``."""
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--data", type=str, default=None, help="another data set than the run's own")
-    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data set, instead of the run's")
+    add_other_data(parser, "to measure on")
     parser.add_argument("--split", type=str, default="test", help="test or train")
-    add_data(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_evaluate(args: Namespace, given: Sequence[str]) -> int:
     """Run ``evaluate``."""
-    from dataclasses import replace
-
     from .training import evaluate, load_run
     from .training.files import read_json
-    from .training.folder import different
     from .training.weights import fit_weights
 
     if args.split not in ("train", "test"):
         raise UserError(f"--split must be train or test, got {args.split!r}")
-    saved = load_run(args.run)
-    recipe = saved.recipe if args.data is None else replace(saved.recipe, data=args.data, data_args={})
-    recipe = replace(recipe, data_args=recipe.data_args if args.data_args is None else args.data_args)
-    data = load_run_data(recipe, args)
-    trained_on = read_json(args.run / "data.json")
-    if args.data is None and args.data_args is None and different(trained_on, data.fingerprint()):
-        raise UserError(f"{args.run}: {recipe.data} is not the data it was trained on; name other data with --data")
-    if len(trained_on["mean"]) == len(data.mean):  # what the network expects, whatever is fed to it
-        data = replace(data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
+    recipe, weights = load_run(args.run)
+    data = load_run_data(args.run, recipe, read_json(args.run / "data.json"), args)
     model = builder(recipe, data)()
-    fit_weights(model, saved.state_dict, f"{args.run}: its weights do not fit {recipe.model} for {data.name}")
+    fit_weights(model, weights, f"{args.run}: its weights do not fit {recipe.model} for {data.name}")
     result = evaluate(model, data, args.split, batch_size=recipe.eval_batch_size, workers=recipe.workers)
     if args.json:
         print_json({"model": recipe.model, "data": data.name, "split": args.split, **result})
@@ -385,7 +331,7 @@ def run_predict(args: Namespace, given: Sequence[str]) -> int:
             raise UserError(f"{twice}: another input has the same name, so that --out could not hold both")
         check_writable(args.out / "predictions.json")
     set_threads(args.threads)
-    network = _load_network(args.run)
+    network = load_trained(args.run)
     predictor, said = Predictor(network.model, network.recipe, network.data), []
     with progress_bar(None, len(files)) as show:
         for count, path in enumerate(files, 1):
@@ -432,6 +378,7 @@ def run_demo(args: Namespace, given: Sequence[str]) -> int:
     from .plots import plot_curves
     from .reporting import compare_table
     from .training.files import write_json
+    from .training.records import command_of
 
     check_seeds(args.seeds)
     if not args.models or len(set(args.models)) < len(args.models):
@@ -439,6 +386,7 @@ def run_demo(args: Namespace, given: Sequence[str]) -> int:
     for model in args.models:
         check_model(model)
     recipes = [replace(RECIPES["digits"], model=model, epochs=args.epochs) for model in args.models]
+    check_plot(args.out / "curves.png")
     check_output(args.json_summary, args.out / "record.json")
     set_threads(args.threads)
     data = load_data("digits")

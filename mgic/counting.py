@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import UserError
+from .errors import BROKEN, UserError
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def memory(model: nn.Module, input_size: Sequence[int], batch: int = 1) -> Memor
 def _call(model: nn.Module, x: Tensor) -> Any:
     try:
         return model(x)
-    except (RuntimeError, ValueError) as error:
+    except BROKEN as error:
         reason = str(error).split("\n")[0]
         raise UserError(
             f"{type(model).__name__} cannot take {x.shape[0]} input(s) of size {tuple(x.shape[1:])}: {reason}"

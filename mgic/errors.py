@@ -18,6 +18,10 @@ class Stopped(Exception):  # noqa: N818  (nobody did anything wrong)
     exit_code = 1
 
 
+BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What other people's code raises for what its author did not think of: a network for its input, a runtime for a network."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known names, else all of them.
 

@@ -22,7 +22,7 @@ from .reporting import CLAIM_COLUMNS, COSTS, OUTCOME_COLUMNS, claim_cells, mean_
 from .smoothing import SmoothingInChannels
 from .svg import Axis, Point, hierarchy, plot
 from .tables import build_table, table_ids
-from .training import read_record
+from .training import read_records
 
 Record = dict[str, Any]
 MODELS = ("mgic_resnet56", "mgic_resnet50", "mgic_mobilenetv3_100", "mgiad18")
@@ -45,17 +45,6 @@ class Section:
     def anchor(self) -> str:
         """Where links to it lead."""
         return re.sub(r"\W+", "-", self.title.lower()).strip("-")
-
-
-def read_records(folder: Path) -> dict[str, Record]:
-    """All records under a folder, by their path in it.
-
-    Raises:
-        UserError: The folder is none, or a file in it is no record.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; records are written by mgic train --record and mgic experiment")
-    return {str(path.relative_to(folder)): read_record(path) for path in sorted(folder.rglob("*.json"))}
 
 
 def build_page(folder: Path, models: Sequence[str] = MODELS) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data import LOADERS
 from .data.images import IMAGE_SUFFIXES, centre_crop, open_image, whole_image
 from .data.masks import inference, overlay, palette
 from .data.points import POINT_SUFFIXES, prepare_points, read_points
@@ -95,7 +96,7 @@ def _classify(predictor: Predictor, path: Path, out: Path | None) -> dict[str, A
     size, recipe = predictor.data["input_size"], predictor.recipe
     if len(size) == 2:
         x = prepare_points(read_points(path), size[1])
-    elif from_files(recipe.data):
+    elif sees_crops(recipe, predictor.data):
         x = centre_crop(size[-1], _image(predictor, path))
     else:
         x = whole_image(tuple(size), recipe.pad_images, _image(predictor, path))
@@ -108,11 +109,16 @@ def _classify(predictor: Predictor, path: Path, out: Path | None) -> dict[str, A
     return {**top[0], "top": top}
 
 
-def from_files(data: str) -> bool:
-    """Tell by the name of the data whether its images are files, cut to size, or in memory, of one size."""
-    from .data import LOADERS
+def sees_crops(recipe: Recipe, data: Mapping[str, Any]) -> bool:
+    """Whether a run judged the centres of image files, or whole images of one size.
 
-    return data.startswith("images:") or (data.partition(":")[0] not in LOADERS and not data.endswith(".npz"))
+    Args:
+        recipe: Of the run.
+        data: What it noted down about its data. Runs of earlier versions did not say; then the name of the data does.
+    """
+    kind = recipe.data.partition(":")[0]
+    by_name = kind in ("images", "shards") or (kind not in LOADERS and not recipe.data.endswith(".npz"))
+    return bool(data.get("cropped", by_name))
 
 
 def _segment(predictor: Predictor, path: Path, out: Path | None) -> dict[str, Any]:

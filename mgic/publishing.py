@@ -28,10 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from .counting import cost
 from .data import licence
-from .errors import UserError
-from .models import build_model, check_strange, create_model
-from .prediction import from_files
-from .runtime.paths import BROKEN
+from .errors import BROKEN, UserError
+from .models import build_model, check_strange
+from .prediction import sees_crops
 from .training.files import read_json, sha256, told_when_full, write_json, write_text
 from .training.folder import read_sources
 from .training.recipes import Recipe
@@ -69,7 +68,7 @@ def publish(run: str | Path, folder: str | Path, license: str | None = None) -> 
             outputs of the run.
     """
     run, folder = Path(run), Path(folder)
-    network = load_network(run, create_model)
+    network = load_network(run, lambda name, **arguments: build_model(name, arguments))
     require_finished(run, network.origin)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there and not empty; choose a new folder")
@@ -163,15 +162,9 @@ def push(folder: str | Path, repository: str) -> str:
         raise UserError(f"{folder} is written, but cannot be uploaded to {repository}: {reason}") from error
 
 
-def _arguments(network: TrainedNetwork) -> dict[str, Any]:
-    """All that its function needs beside its name."""
-    data = network.data
-    return {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **network.recipe.model_args}
-
-
 def _write_timms(network: TrainedNetwork, folder: Path, license: str | None) -> None:
     model: Any = deepcopy(network.model)
-    data, cut = network.data, from_files(network.recipe.data)
+    data, cut = network.data, sees_crops(network.recipe, network.data)
     # how its images are prepared, for timm.data.resolve_model_data_config; the licence there is that of the code
     model.pretrained_cfg = {
         **model.pretrained_cfg,
@@ -180,7 +173,7 @@ def _write_timms(network: TrainedNetwork, folder: Path, license: str | None) -> 
     }
     model.register_state_dict_post_hook(_unshare)
     labels = {"label_names": data["classes"]} if data.get("classes") else {}
-    save_for_hf(model, str(folder), model_config=labels, model_args=_arguments(network), safe_serialization=True)
+    save_for_hf(model, str(folder), model_config=labels, model_args=network.arguments, safe_serialization=True)
     write_text(folder / f"{_WEIGHTS}.sha256", f"{sha256(folder / _WEIGHTS)}  {_WEIGHTS}\n")
 
 
@@ -194,7 +187,7 @@ def _write_ours(network: TrainedNetwork, folder: Path) -> None:
     known = ("task", "input_size", "mean", "std", "classes")
     config = {
         **{"schema": SCHEMA, "library": "mgic", "architecture": network.recipe.model},
-        "model_args": _arguments(network),
+        "model_args": network.arguments,
         **{key: network.data[key] for key in known if key in network.data},
     }
     write_json(folder / _CONFIG, config)

@@ -17,12 +17,11 @@ from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import Inception3
 
 from .counting import Cost, count_trainable
+from .errors import BROKEN as BROKEN
 from .errors import UserError
-
-BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
-"""What a network raises that is run or traced in a way its author did not think of."""
 
 
 def refuse(model: nn.Module) -> None:
@@ -73,13 +72,15 @@ def name_of(model: nn.Module) -> str:
 def input_size_of(model: nn.Module) -> tuple[int, ...]:
     """Return the size of an input without the batch: what the network says (``pretrained_cfg``), else 224 x 224 pixels.
 
-    The channels are those of its first convolution, whatever the configuration says; unless the network does not run on
-    such an input and does on what it says (a stem that turns pixels into channels).
+    Inception 3 of torchvision, which says nothing, cannot be trained on fewer pixels than its 299 x 299. The channels of
+    images are those of the first convolution, whatever the configuration says; unless the network does not run on such an
+    input and does on what it says (a stem that turns pixels into channels).
     """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = tuple(config.get("input_size", (3, 224, 224)))
+    pixels = 299 if isinstance(model, Inception3) else 224
+    size = tuple(config.get("input_size") or (3, pixels, pixels))
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    found = size if first is None else (first.in_channels, *size[1:])
+    found = size if first is None or len(size) != 3 else (first.in_channels, *size[1:])
     return size if found != size and _runs_on(model, size) and not _runs_on(model, found) else found
 
 

@@ -121,7 +121,7 @@ def test_branches_that_can_be_merged_are_merged():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("resnet21", "no model 'resnet21'"), ("resnet20:depth=3", "resnet20:depth=3 cannot be built|depth")],
+    [("resnet21", "no model 'resnet21'"), ("resnet20:depth=3", "depth")],
 )
 def test_a_network_that_cannot_be_built_is_refused_before_anything_is_timed(text, message, instant):
     with pytest.raises(UserError, match=message):

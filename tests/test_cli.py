@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,11 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from jsonargparse import Namespace
 
 import mgic
+from mgic import cli_convert, cli_export
+from mgic.benchmarking import Network
 from mgic.cli import EXTRAS, VERBS, main
+from mgic.data import epoch_order, load_data, padded
+from mgic.errors import UserError
+from mgic.survey import input_size_of
+from mgic.training import TrainedNetwork
 from mgic.training.recipes import RECIPES, Recipe
+from mgic.training.records import command_of
 
 
 @pytest.fixture
@@ -100,6 +110,66 @@ def test_evaluation_feeds_other_data_as_the_network_was_trained(call, tiny, run_
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["other data", "the run's"])
+def test_calibration_sees_data_as_the_network_of_the_run_does(tiny, tmp_path, named):
+    """Darker training images are darker for the network too, and padded as its own; alike for every verb."""
+    other = tmp_path / "other.npz"
+    with np.load(tiny) as arrays:
+        np.savez(other, **{**arrays, "x_train": arrays["x_train"] // 2})
+    recipe, own = Recipe(data=str(tiny), pad_images=1), padded(load_data(str(tiny)), 1)
+    args = Namespace(source="run", data=str(other) if named else None, data_args=None, root=None, download=False)
+    args.update(Namespace(warm_start=True, dry_run=False, samples=8, calibration_samples=8))
+    pixels = padded(load_data(str(other if named else tiny)), 1).train.images[epoch_order(32, 0, 0)[:8]]
+    expected = own.normalizer("cpu")(pixels)
+    run = TrainedNetwork(None, recipe, own.fingerprint(), {})
+    source = cli_export.Source("run", None, "", (1, 10, 10), recipe, own.fingerprint())
+    for found in (cli_export._calibration(source, args)[0], cli_convert._calibration(args, run)):
+        torch.testing.assert_close(torch.cat(found), expected)
+    changed = run._replace(data={**run.data, "digest": "another"})
+    if not named:
+        with pytest.raises(UserError, match="is not the data it was trained on; name other data with --data"):
+            cli_convert._calibration(args, changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [
+                "train",
+                "--data=masks:/home/me/b",
+                "--root",
+                "/data",
+                "--config",
+                "/etc/c.yaml",
+                "--out=/tmp/a",
+                "--lr=1",
+            ],
+            "train --data=masks:b --config c.yaml --lr=1 --out=RUN",
+        ),
+        (["experiment", "width", "--times", "--results", "r", "--plot", "p.png"], "experiment width --times --out=RUN"),
+        (
+            ["convert", "/home/me/run", "--json", "--checkpoint=/a/w.safetensors", "--record", "r", "--steps", "3"],
+            "convert run --json --checkpoint=w.safetensors --steps 3",
+        ),
+        (["demo", "--out", "--odd", "--json-summary", "s.json", "--epochs", "2"], "demo --epochs 2"),
+    ],
+)
+def test_the_command_of_a_record_names_no_folder_of_this_machine(given, said):
+    assert command_of(given) == f"mgic {said}"
+    assert command_of(["bench", "table8", "--json", "a.json", "--csv=b"], "--json") == "mgic bench table8"
+
+
+def test_a_folder_of_records_that_is_not_there_is_said_unless_it_is_the_default(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["table", "mgiad-4"], ["figure", "mgic-4", "--out=f.png"], ["report", "--out=r.html"]):
+        status, out, err = call(*words, "--results=nowhere")
+        assert (status, out) == (2, "")
+        assert "nowhere: no such folder; records are written by" in err
+    assert call("table", "mgiad-4")[0] == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_files_of_a_run_are_named(call, tiny, tmp_path):
     words = small(tiny, tmp_path / "runs", seeds="[0,1]", epochs=1)
     assert call("train", *words)[0] == 0
@@ -175,6 +245,10 @@ def wrong_calls(tiny, run_folder, tmp_path):
             ["cost", "mgic_resnet20", "--input_size=[5, 8, 8]"],
             "cannot take 1 input(s) of size (5, 8, 8)",
         ),
+        "an assertion inside the network": (
+            ["cost", "vit_tiny_patch16_224", "--model_args={depth: 1}", "--input_size=[3, 100, 100]"],
+            "cannot take 1 input(s) of size (3, 100, 100)",
+        ),
         "pretrained": (["cost", "mgic_resnet20", "--model_args={pretrained: true}"], "no pretrained weights exist"),
         "finished run": (["train", *small(tiny, run_folder)], "holds a finished run"),
         "another configuration": (["train", *small(tiny, run_folder, lr=0.5)], "lr is 0.1 there, 0.5 asked"),
@@ -183,6 +257,7 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "no run": (["evaluate", tmp_path], "not a run folder"),
         "unknown split": (["evaluate", run_folder, "--split=val"], "must be train or test, got 'val'"),
         "data of other shape": (["evaluate", run_folder, "--data=digits"], "do not fit"),
+        "a network that cannot be timed": (["bench", "inference", "resnet20:drop_rate=2"], "cannot be built with"),
         "no match": (["models", "vgg*"], "no model matches 'vgg*'"),
         "repeated seeds": (["train", *small(tiny, new, seeds="[1,1]")], "different seeds"),
         "negative threads": (["train", *small(tiny, new, threads=-1)], "--threads must be 0 or more"),
@@ -233,6 +308,25 @@ def test_cost_prints_what_the_library_counts(call):
     assert counted["notes"] == []
     assert "groups of 4; below 8" in call("cost", "mgic_resnet20", "--model_args={group_size: 4}")[1]
     assert "301,690 parameters" in call("cost", "mgic_resnet56")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("mgic_resnet20", {"in_chans": 1}, [1, 32, 32]),
+        ("torchvision:inception_v3", {}, [3, 299, 299]),
+        ("torchvision:squeezenet1_1", {}, [3, 224, 224]),
+        ("mgic_diffgcn", {"in_chans": 5}, [5, 1024]),
+        ("mgic_unet", {"width": 4, "depth": 1}, [3, 224, 224]),
+    ],
+)
+def test_every_verb_asks_the_network_for_its_input_size(call, name, arguments, size):
+    status, out, err = call("cost", name, f"--model_args={json.dumps(arguments)}", "--json")
+    assert status == 0, err
+    assert json.loads(out)["input_size"] == size
+    with torch.device("meta"):
+        model = mgic.create_model(name, **arguments)
+    assert list(Network(name, arguments).input_size(model)) == list(input_size_of(model)) == size
 
 
 def test_models_lists_every_network_with_a_description(call):
@@ -334,6 +428,8 @@ def test_r32_the_extras_are_those_of_the_project():
     [
         ("lightning", "train", ["train", "--epochs=1", "--batch_size=1", "--model=resnet20"]),
         ("matplotlib", "plots", ["figure", "mgic-3", "--out={out}/f.png"]),
+        ("matplotlib", "plots", ["demo", "--out={out}/demo", "--epochs=1", "--seeds=[0]"]),
+        ("matplotlib", "plots", ["cost", "resnet20", "--scaling", "--widths=[1, 2]", "--plot={out}/f.png"]),
         ("onnx", "onnx", ["export", "resnet20", "--to=[onnx]", "--out={out}/o"]),
         ("openvino", "openvino", ["export", "resnet20", "--to=[openvino]", "--out={out}/o"]),
         ("executorch", "executorch", ["export", "resnet20", "--to=[executorch]", "--out={out}/o"]),
@@ -359,6 +455,15 @@ def test_r32_commands_that_need_it_say_so_and_leave_nothing(package, extra, word
     assert err.count("\n") == 1
     if package != "torch_geometric":
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_accelerators_that_training_refuses_are_offered_by_no_verb(capsys):
+    offered = set()
+    for verb in ("train", "experiment"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        offered |= set(re.findall(r"--accelerator ACCELERATOR\s+([^(]*?)\s+\(", capsys.readouterr().out))
+    assert offered == {"auto, cpu or cuda"}
 
 
 def test_help_needs_no_torch():

@@ -138,6 +138,7 @@ def test_a_budget_and_a_dry_run_on_the_command_line(call, tmp_path):  # noqa: F8
         ),
         (["resnet20", "--checkpoint=a.safetensors", "--dry-run"], "neither a run folder nor a .safetensors file"),
         (["vit_tiny_patch16_224", "--dry-run", "--input_size=[3, 99, 99]"], "does not run on inputs of (3, 99, 99)"),
+        (["resnet18", "--model_args={foo: 1}", "--dry-run"], "resnet18 cannot be built with {'foo': 1} (TypeError"),
         (["torchvision:resnet18", "--model_args={in_chans: 1}", "--dry-run"], "take images of 3 channels"),
     ],
 )
@@ -193,6 +194,13 @@ def test_names_on_the_page_are_text_not_markup():
 
     page = conversion_page(replace(report, model="<script>x</script>"))
     assert "<script>" not in page
+
+
+def test_a_converted_network_says_no_data_to_calibrate_with(call, folder, tmp_path):  # noqa: F811
+    status, _, err = call("export", folder, "--to=[onnx_int8]", f"--out={tmp_path / 'o'}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "onnx_int8 needs calibration data: --data NAME" in err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_converted_network_is_exported(call, folder, tmp_path):  # noqa: F811

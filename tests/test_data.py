@@ -20,7 +20,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny import RECIPE, stripes
 
-from mgic.data import Augmentation, Images, augment_batch, epoch_order, load_data, padded, random_key
+from mgic.data import (
+    LOADERS,
+    SOURCES,
+    Augmentation,
+    Images,
+    augment_batch,
+    epoch_order,
+    load_data,
+    padded,
+    random_key,
+)
 from mgic.data.images import centre_crop, open_image, size_of
 from mgic.errors import UserError
 from mgic.training import train
@@ -208,6 +218,16 @@ def test_r11_a_missing_or_half_downloaded_or_damaged_set_is_one_line(fashion, tm
     (raw / name).unlink()
     with pytest.raises(UserError, match=f"expected {name}; found t10k-images"):
         load_data("fashion_mnist", root=fashion)
+
+
+@pytest.mark.parametrize("name", sorted(LOADERS.keys() - {"fashion_mnist", "cifar10", "cifar100"}))
+def test_what_nobody_can_fetch_says_where_to_get_it(tmp_path, name):
+    with pytest.raises(UserError, match=rf"^--download has nothing to fetch for '{name}': {SOURCES[name]}$"):
+        load_data(name, tmp_path, download=True)
+    if name in ("images", "shards", "masks", "camvid", "cityscapes", "modelnet"):
+        arguments = {"classes": 2} if name == "masks" else {}
+        with pytest.raises(UserError, match=rf"not found in .*; found nothing; {SOURCES[name]}$"):
+            load_data(name, tmp_path / "elsewhere", **arguments)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -552,10 +552,10 @@ def test_a_place_that_cannot_be_written_and_a_missing_package_are_said_first(tmp
     assert "executorch is not installed: pip install 'mgic[executorch]'" in capsys.readouterr().err
 
 
-def test_a_network_without_an_input_size_asks_for_one(monkeypatch):
-    monkeypatch.setattr("mgic.models.build_model", lambda name, arguments: nn.Identity())
-    with pytest.raises(UserError, match="resnet20 says no input size: give --input_size"):
-        cli_export.load_source(arguments(source="resnet20"))
+def test_a_network_is_exported_for_its_own_input_or_the_one_that_is_given(monkeypatch):
+    monkeypatch.setattr("mgic.models.build_model", lambda name, arguments: nn.Conv2d(2, 2, 1))
+    assert cli_export.load_source(arguments(source="resnet20")).input_size == (2, 224, 224)
+    assert cli_export.load_source(arguments(source="resnet20@8")).input_size == (2, 8, 8)
     assert cli_export.load_source(arguments(source="resnet20", input_size=[3, 64])).input_size == (3, 64)
 
 

@@ -1,6 +1,8 @@
 """Predictions of files equal the evaluation of the run they come from."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 import mgic
 from mgic.cli import main
 from mgic.data import load_data, padded
+from mgic.data.images import open_image, whole_image
 from mgic.data.points import prepare_points
 from mgic.training import Recipe, evaluate, load_run
 from mgic.training.files import write_json, write_text
@@ -60,6 +63,47 @@ def test_classes_of_an_image_folder_are_named_and_agree_with_evaluation(classifi
     ]
     assert np.mean(losses) == pytest.approx(evaluated["loss"], rel=1e-2, abs=1e-4)
     assert all(sum(t["probability"] for t in s["top"]) == pytest.approx(1, abs=1e-5) for s in said)
+
+
+def as_shards(folder, target):
+    """The pictures of a folder of classes as tar files."""
+    target.mkdir()
+    for part in ("train", "val"):
+        with tarfile.open(target / f"{part}.tar", "w") as archive:
+            for k, file in enumerate(sorted((folder / part).rglob("*.png"))):
+                label = str(int(file.parent.name == "dog")).encode()
+                for suffix, contents in (("png", file.read_bytes()), ("cls", label)):
+                    info = tarfile.TarInfo(f"{k:03d}.{suffix}")
+                    info.size = len(contents)
+                    archive.addfile(info, io.BytesIO(contents))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["noted", "of an earlier version"])
+@pytest.mark.parametrize("kind", ["shards:", "images"])
+def test_centres_are_seen_wherever_the_run_was_judged_on_centres(classifier, call, tmp_path, monkeypatch, kind, told):
+    """Tar files, and folders that only --root names; the pictures are no squares, so that squashed ones differ."""
+    monkeypatch.setenv("MGIC_CACHE", str(tmp_path / "cache"))
+    folder, root = classifier[0], None
+    if kind == "images":
+        root = folder
+    else:
+        as_shards(folder, tmp_path / "tars")
+        kind += str(tmp_path / "tars")
+    recipe = Recipe(model="resnet20", data=kind, data_args={"image_size": 16})
+    data = load_data(kind, root, image_size=16)
+    noted = data.fingerprint()
+    if not told:
+        del noted["cropped"]
+    model = write_run(tmp_path / "run", recipe, noted)
+    said = json.loads(call("predict", tmp_path / "run", folder / "val", "--json")[1])
+    ((images, _),) = data.test.evaluation_batches(8, 0)
+    with torch.no_grad():
+        chances = model(data.normalizer("cpu")(images)).softmax(1)
+    assert [s["probability"] for s in said] == pytest.approx(chances.amax(1).tolist(), abs=1e-6)
+    squashed = torch.stack([whole_image((3, 16, 16), 0, open_image(s["file"])) for s in said])
+    with torch.no_grad():
+        others = model(data.normalizer("cpu")(squashed)).softmax(1)
+    assert float((others - chances).abs().max()) > 1e-4
 
 
 def write_run(folder, recipe, data):

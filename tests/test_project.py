@@ -31,7 +31,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"publishing"},
     {"benchmarking", "page"},
     {"plots"},
-    {"cli_output"},
+    {"cli_output", "cli_data"},
     {"cli_bench", "cli_convert", "cli_export", "cli_report", "cli_train"},
     {"cli_experiment"},
     {"cli", "__main__", "__init__"},

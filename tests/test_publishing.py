@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import mgic
 from mgic import publishing
 from mgic.cli import main
-from mgic.data import LICENCES, LOADERS, licence, load_data
+from mgic.data import LICENCES, LOADERS, SOURCES, licence, load_data
 from mgic.errors import UserError
 from mgic.publishing import from_pretrained, publish, push
 from mgic.training import RECIPES, CorruptCheckpoint, Recipe, load_network, load_start, train
@@ -99,6 +99,11 @@ def test_timm_learns_how_to_prepare_images(classifier, tmp_path):
     found = resolve_model_data_config(model)
     assert (found["input_size"], found["mean"], found["std"]) == ((1, 8, 8), [0.3], [0.2])
     assert (found["crop_pct"], model.pretrained_cfg["license"]) == (1.0, "cc-by-4.0")
+    network = load_network(classifier, mgic.create_model)
+    assert not network.data["cropped"]
+    cropped = network._replace(data={**network.data, "cropped": True})
+    publishing._write_timms(cropped, tmp_path, None)
+    assert resolve_model_data_config(from_pretrained(tmp_path))["crop_pct"] == 0.875
 
 
 OTHERS = {
@@ -174,7 +179,7 @@ def test_the_card_states_what_the_run_noted_and_what_nobody_tested(classifier, t
 
 
 def test_every_data_set_has_a_word_on_its_licence():
-    assert LICENCES.keys() == LOADERS.keys()
+    assert LICENCES.keys() == LOADERS.keys() == SOURCES.keys()
     assert licence("modelnet:some/folder") == LICENCES["modelnet"]
     for place in ("a/b.npz", "a/folder"):
         assert licence(place).startswith("unknown: ask")

@@ -88,6 +88,39 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     assert changed.fingerprint()["digest"] != first.fingerprint()["digest"]
 
 
+def test_a_damaged_index_counts_as_none_and_is_made_anew(tmp_path):
+    _, first = write_both(tmp_path)
+    kept = sorted((tmp_path / "cache" / "shards").glob("*.npy"))
+    assert len(kept) == 2
+    whole = [file.read_bytes() for file in kept]
+    beyond = io.BytesIO()
+    np.save(beyond, np.array([[9, 0, 1, 0]], np.int64))
+    for damage in (whole[0][:-9], b"", whole[0][:6], beyond.getvalue()):
+        kept[0].write_bytes(damage)
+        with pytest.warns(UserWarning, match=f"{kept[0].name} .* is written anew"):
+            again = load_data(f"shards:{tmp_path / 'shards'}", image_size=8)
+        assert again.fingerprint() == first.fingerprint()
+        assert [file.read_bytes() for file in kept] == whole
+
+
+def test_splits_are_told_by_words_not_by_letters_in_others(tmp_path):
+    places = [
+        "in1k-Train-0.tar",
+        "train/a.tar",
+        "train2/constrained.tar",
+        "val/constrained.tar",
+        "in1k-validation-0.tar",
+    ]
+    for place in [*places, "contest.tar"]:
+        write_tar(tmp_path / place, GOOD)
+    data = load_data(f"shards:{tmp_path}", image_size=8)
+    found = [[file.relative_to(tmp_path).as_posix() for file in s.samples.files] for s in (data.train, data.test)]
+    assert found == [sorted(places[:3]), sorted(places[3:])]
+    write_tar(tmp_path / "val" / "train-0.tar", GOOD)
+    with pytest.raises(UserError, match=r"val/train-0.tar: is it for train or for val\?"):
+        load_data(f"shards:{tmp_path}")
+
+
 GOOD = [("0.png", jpeg(0)), ("0.cls", b"0")]
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from . import functions, images, masks, points, shards
-from .base import WHOLE, Augmentation, Data, Share, Split, WorkerLost, epoch_order, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Missing, Share, Split, WorkerLost, epoch_order, random_key, read_batches
 from .images import ImageFiles, Images, augment_batch, padded
 from .tasks import Meter, Task, classification, regression, segmentation
 
 __all__ = [
     "LICENCES",
     "LOADERS",
+    "SOURCES",
     "WHOLE",
     "Augmentation",
     "Data",
@@ -54,7 +55,27 @@ LOADERS: dict[str, Callable[..., Data]] = {
     "modelnet": points.modelnet,
     "solids": points.solids,
 }
-"""By name: ``(root, download, **arguments) -> Data``. Arguments are keywords with defaults: a recipe's ``data_args``."""
+"""By name: ``(root, **arguments) -> Data``. Arguments are keywords with defaults: a recipe's ``data_args``. Loaders that can
+fetch their set take ``download`` after ``root``."""
+
+_FETCHED = "--download fetches it, --root names the folder it is in"
+SOURCES: dict[str, str] = {
+    "digits": "scikit-learn brings them",
+    "fashion_mnist": _FETCHED,
+    "cifar10": _FETCHED,
+    "cifar100": _FETCHED,
+    "npz": "name your file, npz:FILE",
+    "images": "name your folder, images:FOLDER",
+    "shards": "name your folder, shards:FOLDER",
+    "cos_sin": "its points are calculated",
+    "cos_sin_family": "its points are calculated",
+    "masks": "name your folder, masks:FOLDER",
+    "camvid": "get it by hand and lay it out so in the folder camvid of --root",
+    "cityscapes": "get it from cityscapes-dataset.com, which asks for a login, and name its folder, cityscapes:FOLDER",
+    "modelnet": "get it from modelnet.cs.princeton.edu and name its folder, modelnet:FOLDER",
+    "solids": "they are generated",
+}
+"""Where to get each data set in `LOADERS`."""
 
 
 _FILES = "unknown: ask whoever made the files"
@@ -95,23 +116,31 @@ def load_data(name: str, root: str | Path | None = None, download: bool = False,
         name: One of `LOADERS`; after a colon the folder (or file) it is in, instead of ``root``. A path without a
             name means ``npz:PATH`` where it ends so, and ``images:PATH`` where it is a folder.
         root: Where data sets are kept; default ``data``.
-        download: Fetch what is missing. Without it nothing touches the network; archives that are already in
-            ``root`` are unpacked either way.
+        download: Fetch what is missing, of a set that can be fetched. Without it nothing touches the network; archives
+            that are already in ``root`` are unpacked either way.
         arguments: Of the loader, e.g. ``image_size``; plain values.
 
     Raises:
-        UserError: The name or an argument is unknown, the data is not there or is not what it should be.
+        UserError: The name or an argument is unknown, the data is not there or is not what it should be, or cannot be
+            fetched; the message says where to get it.
     """
     kind, _, place = name.partition(":")
     if kind not in LOADERS:
         kind, place = _kind(name), name
     loader = LOADERS[kind]
-    known = [p.name for p in inspect.signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(loader).parameters
+    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     for argument in arguments:
         if argument not in known:
             says = suggest(argument, known) if known else "; it takes none"
             raise UserError(f"data {name!r} has no argument {argument!r}{says}")
-    return loader(Path(place or root or "data"), download, **arguments)
+    fetches = "download" in parameters
+    if download and not fetches:
+        raise UserError(f"--download has nothing to fetch for {name!r}: {SOURCES[kind]}")
+    try:
+        return loader(Path(place or root or "data"), *[download] * fetches, **arguments)
+    except Missing as error:
+        raise UserError(f"{error}; {SOURCES[kind]}") from error
 
 
 def _kind(name: str) -> str:

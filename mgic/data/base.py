@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import Stopped, UserError
+from ..errors import BROKEN, Stopped, UserError
 from .tasks import Task
 
 T = TypeVar("T")
@@ -159,6 +159,7 @@ class Data:
         mean: Of the training inputs, per channel, in units of ``scale``; empty where inputs are fed as they are.
         std: Standard deviation, likewise.
         scale: What 1 stands for: 255 for pixels.
+        cropped: Images are files of any size, judged on their centres (`mgic.data.images.centre_crop`), not as they are.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Data:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     scale: float = 255
+    cropped: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -218,6 +220,7 @@ class Data:
             "input_size": list(self.input_size),
             "mean": list(self.mean),
             "std": list(self.std),
+            "cropped": self.cropped,
         }
 
 
@@ -448,14 +451,9 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
 
 
 UNREADABLE = (
+    *BROKEN,
     OSError,
     EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
     SyntaxError,
     MemoryError,
     struct.error,
@@ -515,10 +513,17 @@ def _check_header(path: Path, file: Any) -> None:
     check_announced(path, math.prod(shape) * dtype.itemsize)
 
 
-def missing(what: str, folder: Path, expected: Sequence[str]) -> UserError:
-    """The error about a set that is not where it was looked for: what is expected there, and what is."""
-    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-    return UserError(
-        f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}; "
-        "--download fetches named sets, --root names their folder"
-    )
+class Missing(UserError):  # noqa: N818  (what is wrong, not that something is)
+    """A set is not where it was looked for: what is expected there, and what is. `load_data` adds where to get it.
+
+    Args:
+        what: The set, or the part of it.
+        folder: Where it was looked for.
+        expected: Files or folders.
+    """
+
+    def __init__(self, what: str, folder: Path, expected: Sequence[str]):
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+        super().__init__(
+            f"{what}: not found in {folder}; expected {', '.join(expected)}; found {', '.join(found) or 'nothing'}"
+        )

@@ -170,7 +170,7 @@ def sampled(function: Function) -> Callable[..., Data]:
     standardised, by the mean and the deviation of the intervals.
     """
 
-    def load(root: Path, download: bool, *, points: int = function.points, fold: int = 0) -> Data:
+    def load(root: Path, *, points: int = function.points, fold: int = 0) -> Data:
         if isinstance(points, bool) or not isinstance(points, int) or points < PARTS:
             raise UserError(f"{function.name}: points must be an integer, at least {PARTS}, got {points!r}")
         if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < PARTS:

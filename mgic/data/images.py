@@ -25,9 +25,9 @@ from .base import (
     BadSample,
     BadSamples,
     Data,
+    Missing,
     Share,
     in_order,
-    missing,
     random_key,
     read_arrays,
     read_batches,
@@ -291,7 +291,7 @@ def padded(data: Data, pixels: int) -> Data:
     return replace(data, train=train, test=test, input_size=size, note=note)
 
 
-def digits(root: Path, download: bool) -> Data:
+def digits(root: Path) -> Data:
     """scikit-learn's digits, which are always there."""
     from sklearn.datasets import load_digits
 
@@ -326,7 +326,7 @@ def fashion_mnist(root: Path, download: bool, *, train_images: int | None = None
     if not (unpacked or download):
         absent = [path.name for path, _ in archives if not path.is_file()]
         if absent:
-            raise missing("fashion_mnist", folder, absent)
+            raise Missing("fashion_mnist", folder, absent)
         broken = [path.name for path, md5 in archives if not check_integrity(str(path), md5)]
         if broken:
             raise UserError(f"fashion_mnist: wrong checksum of {', '.join(broken)} in {folder}; --download replaces it")
@@ -337,7 +337,7 @@ def fashion_mnist(root: Path, download: bool, *, train_images: int | None = None
     return _in_memory("fashion_mnist", *arrays, num_classes=10, note=note, train_images=train_images)
 
 
-def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
+def cifar(name: str, classes: int) -> Callable[..., Data]:
     """The loader of CIFAR-10 or CIFAR-100 as torchvision keeps them in ``root``; arguments as `fashion_mnist`."""
 
     def load(root: Path, download: bool, *, train_images: int | None = None) -> Data:
@@ -347,7 +347,7 @@ def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
         source = getattr(datasets, name)
         folder, archive = root / source.base_folder, root / source.filename
         if not (download or folder.is_dir() or archive.is_file()):
-            raise missing(name.lower(), root, [f"{source.base_folder}/"])
+            raise Missing(name.lower(), root, [f"{source.base_folder}/"])
         unpack = download or (archive.is_file() and not folder.is_dir())
         if unpack and not download and not check_integrity(str(archive), source.tgz_md5):
             raise UserError(f"{archive} is damaged (wrong md5): remove it, or give --download to fetch it again")
@@ -359,12 +359,11 @@ def cifar(name: str, classes: int) -> Callable[[Path, bool], Data]:
     return load
 
 
-def npz(path: Path, download: bool, *, num_classes: int | None = None, train_images: int | None = None) -> Data:
+def npz(path: Path, *, num_classes: int | None = None, train_images: int | None = None) -> Data:
     """A file with ``x_train, y_train, x_test, y_test`` (uint8, NHW or NHWC).
 
     Args:
         path: The file.
-        download: Changes nothing.
         num_classes: Default: the largest training label plus one.
         train_images: So many of the training images, drawn at random, always the same ones.
     """
@@ -389,12 +388,11 @@ def npz(path: Path, download: bool, *, num_classes: int | None = None, train_ima
     return _in_memory(str(path), *arrays, num_classes=num_classes, note=note, train_images=train_images)
 
 
-def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: str = "error") -> Data:
+def folder(path: Path, *, image_size: int = 224, on_bad_sample: str = "error") -> Data:
     """A folder with ``train/CLASS/*.jpg`` and ``val`` or ``test`` beside it.
 
     Args:
         path: The folder.
-        download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
         on_bad_sample: What to do about an image that cannot be decoded: ``error`` stops; ``skip`` takes another in training,
             leaves it out in evaluation, and stops when more than 1 % of the images are so.
@@ -405,7 +403,7 @@ def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: 
 
     test_name = "val" if (path / "val").is_dir() else "test"
     if not ((path / "train").is_dir() and (path / test_name).is_dir()):
-        raise missing(f"image folder {path}", path, ["train/CLASS/*.jpg", "val/CLASS/*.jpg (or test/CLASS/*.jpg)"])
+        raise Missing(f"image folder {path}", path, ["train/CLASS/*.jpg", "val/CLASS/*.jpg (or test/CLASS/*.jpg)"])
     try:
         train, test = (ImageFolder(str(path / part), is_valid_file=_is_image) for part in ("train", test_name))
     except FileNotFoundError as error:  # also torchvision's error for a class without images
@@ -429,6 +427,7 @@ def folder(path: Path, download: bool, *, image_size: int = 224, on_bad_sample: 
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        cropped=True,
         note=f"image folder {path.name}: {len(train):,} train and {len(test):,} {test_name} images",
     )
 

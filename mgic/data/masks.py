@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, BadSample, BadSamples, Data, Share, missing, read_batches
+from .base import WHOLE, Augmentation, BadSample, BadSamples, Data, Missing, Share, read_batches
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, open_image, opened, size_of
 from .tasks import VOID, segmentation, whole_image
 
@@ -220,7 +220,7 @@ def _pair(image: Path, mask: Path) -> Pair:
 def _images(folder: Path, what: str) -> list[Path]:
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise missing(what, folder, ["images"])
+        raise Missing(what, folder, ["images"])
     return found
 
 
@@ -245,7 +245,7 @@ def _pairs_in(folder: Path, what: str, on_bad_sample: str) -> Paired:
     """``images/NAME.*`` with ``labels/NAME.png``."""
     for part in ("images", "labels"):
         if not (folder / part).is_dir():
-            raise missing(what, folder, ["images/", "labels/"])
+            raise Missing(what, folder, ["images/", "labels/"])
     places = [(p, folder / "labels" / f"{p.stem}.png") for p in _images(folder / "images", what)]
     return _paired(places, on_bad_sample)
 
@@ -303,7 +303,6 @@ _AS_THEY_ARE = tuple(range(256))
 
 def folder(
     root: Path,
-    download: bool,
     *,
     classes: int | Sequence[str] | None = None,
     crop_size: Side = (512, 512),
@@ -316,7 +315,6 @@ def folder(
 
     Args:
         root: The folder.
-        download: Changes nothing.
         classes: Their names, or their number. Labels count from 0; 255 is void.
         crop_size: Height and width of training crops.
         scale: Least and greatest factor by which training images are scaled.
@@ -335,7 +333,6 @@ def folder(
 
 def camvid(
     root: Path,
-    download: bool,
     *,
     crop_size: Side = (180, 240),
     scale: Factor = (0.5, 2.0),
@@ -347,7 +344,6 @@ def camvid(
 
     Args:
         root: The folder that holds ``camvid``.
-        download: Changes nothing: fetch it by hand.
         crop_size: See `folder`.
         scale: See `folder`.
         window: See `folder`.
@@ -371,7 +367,7 @@ def _folder(
     test = test or ("test" if (root / "test").is_dir() else "val")
     parts = ("train", test)
     if not all((root / part).is_dir() for part in parts):
-        raise missing(name, root, [f"{part}/images/, {part}/labels/" for part in parts])
+        raise Missing(name, root, [f"{part}/images/, {part}/labels/" for part in parts])
     splits = [_pairs_in(root / part, f"{name}, {part}", on_bad_sample) for part in parts]
     sizes = sorted({pair.size for pairs, _ in splits for pair in pairs})
     size = f"{sizes[0][1]}x{sizes[0][0]}" if len(sizes) == 1 else f"of {len(sizes)} sizes"
@@ -382,7 +378,6 @@ def _folder(
 
 def cityscapes(
     root: Path,
-    download: bool,
     *,
     crop_size: Side = (769, 769),
     scale: Factor = (0.5, 2.0),
@@ -396,7 +391,6 @@ def cityscapes(
 
     Args:
         root: The folder that holds the two.
-        download: Changes nothing: a login is needed to fetch it.
         crop_size: See `folder`.
         scale: See `folder`.
         window: See `folder`.
@@ -415,7 +409,7 @@ def cityscapes(
     for part in ("train", "val"):
         folder = root / "leftImg8bit" / part
         if not folder.is_dir():
-            raise missing("cityscapes", root, [f"leftImg8bit/{part}/CITY/", f"gtFine/{part}/CITY/"])
+            raise Missing("cityscapes", root, [f"leftImg8bit/{part}/CITY/", f"gtFine/{part}/CITY/"])
         places = []
         for image in _images(folder, f"cityscapes, {part}"):
             name = image.name.replace("_leftImg8bit.png", f"_gtFine_{suffix}.png")

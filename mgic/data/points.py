@@ -24,10 +24,10 @@ from .base import (
     WHOLE,
     Augmentation,
     Data,
+    Missing,
     Share,
     check_announced,
     in_order,
-    missing,
     random_key,
     read_arrays,
     read_batches,
@@ -342,15 +342,12 @@ def _prepared(clouds: Tensor, labels: Tensor, points: int, index: int) -> tuple[
     return prepare_points(clouds[index], points), labels[index]
 
 
-def modelnet(
-    root: Path, download: bool, *, points: int = 1024, rotate: float = 0.0, scale: float = 0.0, jitter: float = 0.0
-) -> Data:
+def modelnet(root: Path, *, points: int = 1024, rotate: float = 0.0, scale: float = 0.0, jitter: float = 0.0) -> Data:
     """ModelNet10 or 40 with its official split, from OFF meshes or from the common HDF5 files.
 
     Args:
         root: Folder with ``CLASS/train/*.off`` and ``CLASS/test/*.off``, or with ``ply_data_train*.h5`` and
             ``ply_data_test*.h5``.
-        download: Unused: the archives are fetched by hand.
         points: Points a network sees of a cloud.
         rotate: See `Changes`.
         scale: See `Changes`.
@@ -367,7 +364,6 @@ def modelnet(
 
 def solids(
     root: Path,
-    download: bool,
     *,
     points: int = 256,
     train: int = 100,
@@ -380,7 +376,6 @@ def solids(
 
     Args:
         root: Folder of data sets.
-        download: Unused: nothing is fetched.
         points: Points a network sees of a cloud.
         train: Training solids of each family.
         test: Test solids of each family.
@@ -403,7 +398,7 @@ def _meshes(root: Path, name: str, points: int, changes: Changes, note: str) -> 
     classes = sorted(p.name for p in root.glob("*") if (p / "train").is_dir() and (p / "test").is_dir())
     files = {part: [sorted((root / c / part).glob("*.off")) for c in classes] for part in ("train", "test")}
     if not classes or not all(all(found) for found in files.values()):
-        raise missing(name, root, expected)
+        raise Missing(name, root, expected)
     clouds, labels = {}, {}
     for part, found in files.items():
         clouds[part] = torch.stack([_mesh_points(path) for paths in found for path in paths])
@@ -416,7 +411,7 @@ def _hdf5(root: Path, points: int, changes: Changes) -> Data:
     for part in ("train", "test"):
         paths = sorted(root.glob(f"ply_data_{part}*.h5"))
         if not paths:
-            raise missing(str(root), root, [f"ply_data_{part}*.h5"])
+            raise Missing(str(root), root, [f"ply_data_{part}*.h5"])
         pieces = [_hdf5_file(path) for path in paths]
         clouds[part], labels[part] = (torch.cat(column) for column in zip(*pieces, strict=True))
     names = root / "shape_names.txt"

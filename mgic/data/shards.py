@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ import numpy as np
 
 from ..cache import cache_folder
 from ..errors import UserError
-from .base import BadSamples, Data, missing
+from .base import UNREADABLE, BadSamples, Data, Missing
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .tasks import classification
 
 MOST_LABEL_BYTES = 1 << 20
 """A ``json`` or ``cls`` file larger than this is no label."""
+_SPLIT = re.compile(r"(?<![a-z])(train|val|test)")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # as webdataset cuts them; hidden files are none
 
 
@@ -86,18 +88,16 @@ class ShardedImages(ImageFiles):
         return self.samples.digest()
 
 
-def folder(
-    path: Path, download: bool, *, image_size: int = 224, num_classes: int | None = None, on_bad_sample: str = "error"
-) -> Data:
-    """A folder of tar files, told apart by ``train`` and ``val`` (or ``test``) in their names or those of their folders.
+def folder(path: Path, *, image_size: int = 224, num_classes: int | None = None, on_bad_sample: str = "error") -> Data:
+    """A folder of tar files: ``train*.tar`` and ``val*.tar`` (or ``test``), or any names in folders so called.
 
+    Something may stand before the word, if no letter does: ``imagenet1k-train-0000.tar``, not ``constrained.tar``.
     A sample has one image (jpg, png, webp, ...) and a ``cls`` file with the number of its class, or a ``json`` file with
     such a ``label``. The first time, the headers of all files are read; the index is kept in the cache
     folder (``MGIC_CACHE``). Tar files compressed as a whole cannot be read at any place, and are refused.
 
     Args:
         path: The folder.
-        download: Changes nothing.
         image_size: Height and width of the network's input, in pixels.
         num_classes: Default: the largest training label plus one.
         on_bad_sample: As of image folders.
@@ -105,10 +105,10 @@ def folder(
     for name, value in (("image_size", image_size), ("num_classes", 1 if num_classes is None else num_classes)):
         if type(value) is not int or value < 1:
             raise UserError(f"data_args: {name} must be a positive integer, got {value!r}")
-    train = _find(path, "train")
-    test = tuple(sorted({*(_find(path, "val") or _find(path, "test"))} - {*train}))
+    found = _by_split(path)
+    train, test = found["train"], found["val"] or found["test"]
     if not (train and test):
-        raise missing(f"shards {path}", path, ["train*.tar or train/*.tar", "val*.tar or val/*.tar (or test)"])
+        raise Missing(f"shards {path}", path, ["train*.tar or train/*.tar", "val*.tar or val/*.tar (or test)"])
     splits = [_indexed(files) for files in (train, test)]
     classes = int(splits[0].table[:, 3].max()) + 1 if num_classes is None else num_classes
     for part in splits:
@@ -128,20 +128,34 @@ def folder(
         input_size=(3, image_size, image_size),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        cropped=True,
         note=f"shards of {path.name}: {' and '.join(counts)}",
     )
 
 
-def _find(path: Path, word: str) -> tuple[Path, ...]:
-    return tuple(sorted(p for p in path.rglob("*.tar") if word in p.relative_to(path).as_posix().lower()))
+def _by_split(path: Path) -> dict[str, tuple[Path, ...]]:
+    """The tar files of each split.
+
+    Raises:
+        UserError: Of one of them, name and folder say different things.
+    """
+    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    for file in sorted(path.rglob("*.tar")):
+        words = set(_SPLIT.findall(file.relative_to(path).as_posix().lower()))
+        if len(words) > 1:
+            raise UserError(f"{file}: is it for {' or for '.join(sorted(words))}? Its name and its folders say both")
+        for word in words:
+            found[word].append(file)
+    return {word: tuple(files) for word, files in found.items()}
 
 
 def _indexed(files: tuple[Path, ...]) -> Members:
     """The index of some tar files: the one that is kept, as long as none of them has changed."""
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     kept = cache_folder() / "shards" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npy"
-    if kept.exists():
-        return Members(files, np.load(kept, allow_pickle=False))
+    table = _kept(kept, len(files))
+    if table is not None:
+        return Members(files, table)
     rows = [(number, *row) for number, path in enumerate(files) for row in read_shard(path)]
     table = np.array(rows, np.int64).reshape(-1, 4)
     if not len(table):
@@ -152,6 +166,22 @@ def _indexed(files: tuple[Path, ...]) -> Members:
         np.save(file, table)
     os.replace(temporary, kept)
     return Members(files, table)
+
+
+def _kept(path: Path, files: int) -> np.ndarray[Any, Any] | None:
+    """The index that is kept of so many files; None where there is none, or a damaged one, of which it warns."""
+    try:
+        table: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        warnings.warn(f"{path.name} cannot be read and is written anew: {' '.join(str(error).split())}", stacklevel=5)
+        return None
+    rows = isinstance(table, np.ndarray) and table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 4
+    if not (rows and len(table) and table.min() >= 0 and table[:, 0].max() < files):
+        warnings.warn(f"{path.name} holds no index of shards and is written anew", stacklevel=5)
+        return None
+    return table
 
 
 def read_shard(path: Path) -> Iterator[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import timm
 import torchvision
 from torch import nn
 
-from ..errors import UserError, suggest
+from ..errors import BROKEN, UserError, suggest
 from . import functions, mg2020, mgnet, mobilenetv3, points, resnet, segmentation
 from .classifier import known_arguments
 from .parts import with_parts
@@ -146,14 +146,10 @@ def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: If the network cannot be built with these arguments.
     """
-    broken = (
-        *(TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError),
-        pickle.UnpicklingError,  # of timm's argument checkpoint_path: what it reads is never executed
-    )
     try:
         return create_model(name, **arguments)
     except UserError:
         raise
-    except broken as error:
+    except (*BROKEN, pickle.UnpicklingError) as error:  # of timm's checkpoint_path: what it reads is never executed
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{name} cannot be built with {dict(arguments)} ({reason})") from error

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .outside import Interrupted
     from .parallel import Elsewhere, LostProcess
     from .recipes import RECIPES, Recipe
-    from .records import make_record, read_record, write_record
+    from .records import make_record, read_record, read_records, write_record
     from .weights import SavedRun, Start, TrainedNetwork, load_network, load_run, load_start
 
 _HOME = {
@@ -36,6 +36,7 @@ _HOME = {
     "train": "loop",
     "make_record": "records",
     "read_record": "records",
+    "read_records": "records",
     "write_record": "records",
     "RECIPES": "recipes",
     "Recipe": "recipes",
@@ -60,6 +61,7 @@ __all__ = [
     "load_start",
     "make_record",
     "read_record",
+    "read_records",
     "train",
     "write_record",
 ]

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import BROKEN, UserError
 from .files import RESERVE, sidecar_of, staged
 
 SCHEMA = 1
@@ -89,20 +89,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 # What unpickling hostile bytes has been seen to raise (tests/test_checkpoint.py fuzzes it).
-_UNREADABLE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    pickle.UnpicklingError,
-)
+_UNREADABLE = (*BROKEN, EOFError, OSError, MemoryError, struct.error, pickle.UnpicklingError)
 
 
 def verify(path: Path, file: IO[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,6 +98,37 @@ def without_folder(name: str) -> str:
     return kind + colon + Path(place).name
 
 
+_WRITTEN = ("--root", "--out", "--record", "--results", "--json-summary", "--csv", "--plot")
+_READ = ("--data", "--config", "--teacher", "--init", "--checkpoint")
+
+
+def command_of(given: Sequence[str], *written: str) -> str:
+    """The call of a verb as anybody would repeat it: what is written to is left out, what is read is named without folders.
+
+    Args:
+        given: The words after ``mgic``.
+        written: Flags of the verb that name files to write, besides those of all verbs.
+
+    Examples:
+        >>> command_of(["train", "--data", "masks:/home/me/b", "--out", "/tmp/a", "--lr=1"])
+        'mgic train --data masks:b --lr=1 --out=RUN'
+    """
+    words, before, left_out = ["mgic"], "", (*_WRITTEN, *written)
+    for word in given:
+        if before in left_out:
+            before = ""
+            continue
+        flag, equals, place = word.partition("=")
+        if flag not in left_out:
+            if flag in _READ and equals:
+                word = f"{flag}={without_folder(place)}"
+            elif before in _READ or Path(word).is_absolute():
+                word = without_folder(word)
+            words.append(word)
+        before = "" if equals else flag
+    return shlex.join([*words, "--out=RUN"] if {"train", "experiment"} & set(words[:2]) else words)
+
+
 def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
     """What a record of training runs states: the metrics of both splits, epochs, seconds an epoch, skipped steps."""
     common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
@@ -132,6 +164,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable record ({error})") from error
     _check(record, str(path))
     return dict(record)
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """All records under a folder, by their path in it.
+
+    Raises:
+        UserError: The folder is none, or a file in it is no record.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; records are written by mgic train --record and mgic experiment")
+    return {path.relative_to(folder).as_posix(): read_record(path) for path in sorted(folder.rglob("*.json"))}
 
 
 def _check(record: Any, where: str) -> None:

@@ -99,6 +99,15 @@ class TrainedNetwork(NamedTuple):
     data: dict[str, Any]
     origin: dict[str, Any]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that its function needs beside its name."""
+        return _arguments(self.recipe, self.data)
+
+
+def _arguments(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **recipe.model_args}
+
 
 def load_network(folder: str | Path, build: Callable[..., nn.Module]) -> TrainedNetwork:
     """The network of a run.
@@ -113,8 +122,7 @@ def load_network(folder: str | Path, build: Callable[..., nn.Module]) -> Trained
     """
     folder = Path(folder)
     (recipe, weights), data = load_run(folder), read_json(folder / "data.json")
-    arguments = {"num_classes": data["num_classes"], "in_chans": data["input_size"][0], **recipe.model_args}
-    model = build(recipe.model, **arguments)
+    model = build(recipe.model, **_arguments(recipe, data))
     fit_weights(model, weights, f"{folder}: its weights do not fit {recipe.model} for {data['name']}")
     return TrainedNetwork(model.eval(), recipe, data, _origin(folder, recipe))
 
