@@ -329,8 +329,11 @@ def _results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) ->
 def _same_network(one: nn.Module, other: nn.Module) -> bool:
     """Tell whether two networks are module by module of the same kind, with the same public attributes."""
 
+    def trait(value: Any) -> Any:  # two equal partials are not equal to Python
+        return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
+
     def traits(model: nn.Module) -> list[Any]:
-        return [(type(m), {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in model.modules()]
+        return [(type(m), {k: trait(v) for k, v in vars(m).items() if not k.startswith("_")}) for m in model.modules()]
 
     return traits(one) == traits(other)
 
@@ -340,7 +343,7 @@ def _data_name(name: str) -> str:
     return re.sub(r"[\W_]", "", Path(name).stem.lower())
 
 
-def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
+def matching_records(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
     """Yield the records of a row's network on all of a row's data; arguments that are left out are their defaults."""
     for record in records:
         recipe = record.get("recipe")  # only a training has one
@@ -356,7 +359,7 @@ def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[
 
 def _accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> dict[str, Any] | None:
     """Return what the longest training of a row's network reached: accuracy, or mean IoU."""
-    found = list(_matching(name, overrides, dataset, records))
+    found = list(matching_records(name, overrides, dataset, records))
     if not found:
         return None
     record = max(found, key=lambda record: (record["recipe"]["epochs"], record["n"], record["date"]))

@@ -291,6 +291,28 @@ def test_a_record_stands_in_the_rows_of_its_network_and_data_alone(everything):
     assert "| 91.50 ± 0.25 (2 runs, 7 epochs) |" in paper_markdown({**everything["mg2020-1"], "rows": rows})
 
 
+@pytest.mark.parametrize("name", ["diffgcn", "mgic_diffgcn"])
+def test_a_record_of_a_network_on_points_stands_in_its_row(name):
+    """They hold functions with arguments bound, made anew for each network; another number of neighbours is another one."""
+    args = {"k": 10} if name == "diffgcn" else {"k": 10, "group_size": 16}
+    records = [record(name, "modelnet10", {**args, **more}, file=file) for more, file in (({}, "a"), ({"k": 5}, "b"))]
+    rows = [row for row in build_table("mgic-11", records)["rows"] if row["accuracy"]]
+    assert [(row["model"], row["accuracy"]["record"]) for row in rows] == [(name, "a")]
+
+
+FAMILIES = [
+    *("dgcnn", "diffgcn", "function_net", "ghost_function_net", "lraspp_mobilenetv3_small", "mg_mobilenetv2", "mgiad20"),
+    *("mgic_diffgcn", "mgic_function_net", "mgic_lraspp_small", "mgic_mobilenetv3_060", "mgic_resnet18", "mgic_resnet20"),
+    *("mgic_unet", "mgnet20", "resnet20", "unet"),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_record_of_every_kind_of_network_finds_its_network(name):
+    one = record(name, "some-data", {})
+    assert list(tables.matching_records(name, {}, "some data", [one])) == [one]
+
+
 def test_a_record_of_no_training_stands_nowhere():
     timing = {key: value for key, value in record("", "", {}).items() if key != "recipe"}
     assert [row["accuracy"] for row in build_table("mgic-1", [timing])["rows"]] == [None] * 4
