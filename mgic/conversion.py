@@ -156,7 +156,7 @@ def _within_count(table: "_Table", unit: str, target: float) -> dict[str, Any]:
     before = getattr(table.survey.cost, unit)
     options = table.options(lambda row, done: getattr(row, f"{unit}_after" if done else unit))
     fixed = before - sum(options[None].values())
-    choices = _choose(options, fixed, target, f"target_{unit}")
+    choices = choose(options, fixed, target, f"target_{unit}")
     predicted = fixed + sum(choice.after for choice in choices)
     return {"unit": unit, "target": target, "before": before, "choices": choices, "predicted": predicted}
 
@@ -221,7 +221,7 @@ Options = Mapping[Conversion | None, Mapping[str, float]]
 """Cost of every stage under every setting; None is the dense network."""
 
 
-def _choose(options: Options, fixed: float, target: float, name: str) -> list[Choice]:
+def choose(options: Options, fixed: float, target: float, name: str) -> list[Choice]:
     """Return the settings within the target that shrink the stages most evenly.
 
     States are (cost, score, settings so far); one that costs more and scores less than another is dropped.
@@ -291,7 +291,7 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
             for setting, stages in options.items()
         }
         fixed = base - sum(dense.values())
-        choices = _choose(scaled, fixed, target, "target_ms")
+        choices = choose(scaled, fixed, target, "target_ms")
         predicted = fixed + sum(choice.after for choice in choices)
         twin = _converted(model, table, choices)
         measured = time(twin, x)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from mgic.conversion import COARSEST, GROUP_SIZES, _choose, convert, convert_
+from mgic.conversion import COARSEST, GROUP_SIZES, choose, convert, convert_
 from mgic.counting import cost
 from mgic.errors import UserError
 from mgic.surgery import Conversion
@@ -57,7 +57,7 @@ def test_the_choice_is_the_best_of_all():
             if sum(options[o][s] for s, o in zip(stages, c, strict=True)) <= target
         ]
         best = max(possible, key=score)
-        chosen = _choose(options, 0.0, target, "target")
+        chosen = choose(options, 0.0, target, "target")
         found = tuple(Conversion(c.group_size, c.coarsest) if c.group_size else None for c in chosen)
         assert score(found) == pytest.approx(score(best), abs=1e-3)
 
