@@ -170,7 +170,8 @@ class MGICBlock(nn.Module):
         """Assemble the dense operator of the linear parts, activations replaced by the identity.
 
         Norms act with their running statistics, as in evaluation; constant terms (biases) are left out. With the default,
-        a single position, a 3x3 kernel contributes its centre.
+        a single position, a 3x3 kernel contributes its centre. In the parameters' type and on their device; without any,
+        in PyTorch's default type on the CPU.
 
         Args:
             size: Spatial size ``(H, W)`` of the features; ``()`` for plain vectors.
@@ -487,7 +488,7 @@ def dense_operator(module: nn.Module, channels: int, size: tuple[int, ...]) -> T
         for name, child in parent.named_children():
             if type(child).__module__.endswith(("nn.modules.activation", "timm.layers.activations")):
                 setattr(parent, name, nn.Identity())
-    like = next(linear.parameters())
+    like = next(linear.parameters(), torch.empty(0))
     unknowns = channels * math.prod(size)
     with torch.no_grad():
 

@@ -93,6 +93,11 @@ def test_both_transfers_of_a_change_of_width_have_the_groups_of_the_plan():
     assert [P.groups for P in change.prolong] == planned
 
 
+def test_to_dense_needs_no_parameters():
+    matrix = MGICBlock(lambda channels, groups: nn.Identity(), 16, 8, 16).to_dense()
+    torch.testing.assert_close(matrix, torch.eye(16), rtol=0, atol=0)
+
+
 def test_to_dense_refuses_what_is_not_linear():
     class Square(nn.Module):
         def __init__(self, channels, groups):
