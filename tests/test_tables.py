@@ -280,10 +280,25 @@ def test_a_record_of_a_network_on_points_stands_in_its_row(name):
     assert [(row["model"], row["accuracy"]["record"]) for row in rows] == [(name, "a")]
 
 
-FAMILIES = """
-dgcnn diffgcn mgic_diffgcn function_net ghost_function_net mgic_function_net lraspp_mobilenetv3_small mgic_lraspp_small
-mg_mobilenetv2 mgic_mobilenetv3_060 mgiad20 mgnet20 mgic_resnet18 mgic_resnet20 resnet20 mgic_unet unet
-""".split()
+FAMILIES = [
+    "dgcnn",
+    "diffgcn",
+    "mgic_diffgcn",
+    "function_net",
+    "ghost_function_net",
+    "mgic_function_net",
+    "lraspp_mobilenetv3_small",
+    "mgic_lraspp_small",
+    "mg_mobilenetv2",
+    "mgic_mobilenetv3_060",
+    "mgiad20",
+    "mgnet20",
+    "mgic_resnet18",
+    "mgic_resnet20",
+    "resnet20",
+    "mgic_unet",
+    "unet",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
