@@ -143,9 +143,9 @@ class MGICBlock(nn.Module):
         self.correction = correction
         self.cycle = scheme.cycle
         self.grad_checkpointing = False
-        inner = () if hidden is None else ("hidden",)
         self.relax = nn.ModuleList(
-            block(level.channels, level.groups, *(getattr(level, name) for name in inner)) for level in self.levels
+            block(lv.channels, lv.groups) if hidden is None else block(lv.channels, lv.groups, lv.hidden)
+            for lv in self.levels
         )
         pairs = [scheme.transfer(level.channels, level.transfer_group_size) for level in self.levels[:-1]]
         self.restrict = nn.ModuleList(R for R, _ in pairs)
