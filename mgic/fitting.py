@@ -9,7 +9,6 @@ operators of multigrid do, and are then trained to return what the block returns
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from .cycle import MGICBlock, MGICConv, MGICLinear, spread
 from .errors import UserError
 from .representation import second_moments
+from .runtime.capture import eval_mode
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -101,7 +101,7 @@ def warm_start_(
     names = _replaced(model, dense)
     generator = torch.Generator().manual_seed(seed)
     fits = Fits()
-    with _evaluating(model, dense), torch.enable_grad():
+    with eval_mode(model), eval_mode(dense), torch.enable_grad():
         for name in names:
             new, old = model.get_submodule(name), dense.get_submodule(name)
             seen = _features(dense, name, images)
@@ -246,19 +246,6 @@ def _replaced(model: nn.Module, dense: nn.Module) -> list[str]:
             "nothing to fit: the network holds no multigrid layer where the dense one has a layer of its own"
         )
     return names
-
-
-@contextmanager
-def _evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Both networks in eval mode; afterwards every module in the mode it was in."""
-    before = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 class _Reached(Exception):  # noqa: N818  (ends a forward pass early)
