@@ -347,7 +347,7 @@ class _Times:
             return 0.0
         module = self.modules[row.name]
         if after:
-            module = made(row, module)
+            module = made(row.setting, module)
         total = 0.0
         for inputs, times in call.seen.items():
             key = f"{inputs} {module!r}"
