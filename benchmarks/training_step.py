@@ -4,8 +4,9 @@
     python benchmarks/training_step.py mgic_resnet50:group_size=8 --size 3 224 224 --batch 8 --how nchw fast channels_last
 
 Nothing else should run meanwhile. The first network, in the first way named, is the baseline of the ratios. The ways are
-features stored NHWC (``channels_last``) or NCHW, and ``fast``: NCHW as ``mgic train`` takes it, grouped 1x1 convolutions as
-batched matrix products (`mgic.training.fast`).
+features stored NHWC (``channels_last``) or NCHW, and ``fast``: NCHW as ``mgic train`` takes it, where three kinds of
+convolution are computed another way (`mgic.training.fast`): grouped 1x1 ones, those on few pixels, those that multiply the
+channels.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 A wrong call prints one line and exits with 2. Flags of configurations are derived from the fields of their dataclasses.
 """
 
-import os
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from . import __version__, cli_bench, cli_convert, cli_experiment, cli_export, cli_report, cli_train
 from .cli_output import check_plot, console, print_json
-from .errors import Stopped, UserError, suggest
+from .errors import Stopped, UserError, exit_code, rank, suggest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -359,7 +358,8 @@ def _parser(verb: str | None) -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mgic``; return the exit status.
 
-    0: done. 2: a wrong call, said in one line. 74: no room or no permission to write. 130, 143: interrupted, saved.
+    0: done. 1: work that stopped, said in one line: a file that was rejected, a loss that is not finite, another process that
+    ended. 2: a wrong call, said in one line. 74: no room or no permission to write. 130, 143: interrupted, saved.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in given if not word.startswith("-")), None)
@@ -370,16 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(verb).parse_args(given)
         with _ended_tidily():
             return VERBS[args.verb][2](args[args.verb], given)
-    except (UserError, ArgumentError) as error:
-        return _fail(error, 2)
+    except (UserError, ArgumentError, OSError, Stopped) as error:
+        return _fail(error, exit_code(error))
     except ImportError as error:
         return _fail(_missing_extra(error), 2)
-    except OSError as error:
-        return _fail(error, 74)
     except KeyboardInterrupt as signalled:
         return _fail("interrupted; no file was left half written", 143 if isinstance(signalled, _Terminated) else 130)
-    except Stopped as error:
-        return _fail(error, error.exit_code)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -413,7 +409,7 @@ def _missing_extra(error: ImportError) -> str:
 
 def _fail(error: object, code: int) -> int:
     line = " ".join(str(error).split())
-    process = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    process = rank()
     if process and isinstance(error, Stopped):  # all have stopped: the first process says why
         return code
     print(f"mgic{f' (process {process})' if process else ''}: {line}", file=sys.stderr)  # noqa: T201

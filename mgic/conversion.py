@@ -36,6 +36,8 @@ WITHIN = 0.05
 """Relative distance from the milliseconds asked for at which the search ends."""
 Time = Callable[[nn.Module, Tensor], float]
 """``(module, example_input) -> milliseconds`` of one call."""
+Clock = Callable[[nn.Module, Tensor], tuple[float, str]]
+"""The same, and the path it was measured in."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,12 @@ def convert_(
         target_ms: Milliseconds of one call on one input, in the fastest runtime found here; met within 5 % where it can be:
             ``report.budget`` says what was measured.
         threads: CPU threads for ``target_ms``.
-        time: For ``target_ms``, measures one call of a module; by default in the fastest path of `mgic.accelerate`.
+        time: For ``target_ms``, measures one call of a module; by default in the path of `mgic.accelerate` that is the
+            converted network's fastest. A layer that this path cannot run is timed in eager PyTorch;
+            ``report.budget["layers"]`` says where each was timed.
+
+    Warns:
+        UserWarning: If nothing was replaced, or layers were timed in eager PyTorch for want of their path.
 
     Raises:
         UserError: The network is compiled, scripted, quantised or wrapped, does not run on inputs of this size, or the
@@ -156,7 +163,7 @@ def _within_count(table: "_Table", unit: str, target: float) -> dict[str, Any]:
     before = getattr(table.survey.cost, unit)
     options = table.options(lambda row, done: getattr(row, f"{unit}_after" if done else unit))
     fixed = before - sum(options[None].values())
-    choices = _choose(options, fixed, target, f"target_{unit}")
+    choices = choose(options, fixed, target, f"target_{unit}")
     predicted = fixed + sum(choice.after for choice in choices)
     return {"unit": unit, "target": target, "before": before, "choices": choices, "predicted": predicted}
 
@@ -221,7 +228,7 @@ Options = Mapping[Conversion | None, Mapping[str, float]]
 """Cost of every stage under every setting; None is the dense network."""
 
 
-def _choose(options: Options, fixed: float, target: float, name: str) -> list[Choice]:
+def choose(options: Options, fixed: float, target: float, name: str) -> list[Choice]:
     """Return the settings within the target that shrink the stages most evenly.
 
     States are (cost, score, settings so far); one that costs more and scores less than another is dropped.
@@ -276,11 +283,12 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
     x = torch.randn(1, *table.survey.size)
     if time is None:
         path, before, base = _fastest(model, table, x, threads)
-        time = _timer(path, threads)
+        clock = partial(time_in_path, path, threads)
     else:
         path, before = "given", time(model, x)
         base = before
-    times = _Times(model, table, time)
+        clock = partial(_given, time)
+    times = _Times(model, table, clock)
     options = table.options(times)
     dense = options[None]
     factor, best, error = 1.0, None, math.inf
@@ -291,10 +299,10 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
             for setting, stages in options.items()
         }
         fixed = base - sum(dense.values())
-        choices = _choose(scaled, fixed, target, "target_ms")
+        choices = choose(scaled, fixed, target, "target_ms")
         predicted = fixed + sum(choice.after for choice in choices)
         twin = _converted(model, table, choices)
-        measured = time(twin, x)
+        measured, _ = clock(twin, x)
         tried.append({"predicted": predicted, "measured": measured})
         if abs(measured - target) < error:
             error = abs(measured - target)
@@ -305,9 +313,14 @@ def _within_time(model: nn.Module, table: _Table, target: float, threads: int, t
         if factor <= 0:
             raise UserError(f"target_ms={target:g} cannot be met: {base:.3g} ms became {measured:.3g} ms by conversion")
     assert best is not None
-    layers = [
-        {"layer": key[0], "group_size": key[1], "coarsest": key[2], "ms": ms} for key, ms in sorted(times.seen.items())
+    layers: list[dict[str, Any]] = [
+        {"layer": layer, "group_size": group_size, "coarsest": coarsest, "ms": ms, "path": way}
+        for (layer, group_size, coarsest), (ms, way) in sorted(times.seen.items())
     ]
+    if slower := sorted({entry["layer"] for entry in layers if entry["path"] != path}):
+        warnings.warn(
+            f"target_ms: timed in eager PyTorch, since {path} does not run them: {', '.join(slower)}", stacklevel=3
+        )
     facts = {"unit": "ms", "target": target, "before": before, "path": path, "threads": threads}
     return {**facts, **best, "tried": tried, "layers": layers}
 
@@ -321,11 +334,11 @@ def _converted(model: nn.Module, table: _Table, choices: list[Choice]) -> nn.Mod
 class _Times:
     """Milliseconds of layers, each kind of layer measured once."""
 
-    def __init__(self, model: nn.Module, table: _Table, time: Time) -> None:
-        self.table, self.time = table, time
+    def __init__(self, model: nn.Module, table: _Table, clock: Clock) -> None:
+        self.table, self.clock = table, clock
         self.modules = dict(model.named_modules())
-        self.cache: dict[str, float] = {}
-        self.seen: dict[tuple[str, int, int], float] = {}
+        self.cache: dict[str, tuple[float, str]] = {}
+        self.seen: dict[tuple[str, int, int], tuple[float, str]] = {}
 
     def __call__(self, row: Row, after: bool) -> float:
         """Milliseconds of a layer before or after it was replaced; layers without multiply-adds take none."""
@@ -334,14 +347,14 @@ class _Times:
             return 0.0
         module = self.modules[row.name]
         if after:
-            module = made(row, module)
+            module = made(row.setting, module)
         total = 0.0
         for inputs, times in call.seen.items():
             key = f"{inputs} {module!r}"
             if key not in self.cache:
-                self.cache[key] = self.time(copy.deepcopy(module).eval(), torch.randn(inputs or ()))
+                self.cache[key] = self.clock(copy.deepcopy(module).eval(), torch.randn(inputs or ()))
                 self.seen[(row.name, row.group_size, row.coarsest) if after else (row.name, 0, 0)] = self.cache[key]
-            total += times * self.cache[key]
+            total += times * self.cache[key][0]
         return total
 
 
@@ -360,14 +373,14 @@ def _fastest(model: nn.Module, table: _Table, x: Tensor, threads: int) -> tuple[
     return path, min(times[1].values()), times[1][path]
 
 
-def _timer(path: str, threads: int) -> Time:
-    """Return what measures one call in a path, the median of many; in eager PyTorch where the path is not for the layer."""
+def time_in_path(path: str, threads: int, module: nn.Module, x: Tensor) -> tuple[float, str]:
+    """Return the median milliseconds of one call in a path, or in eager PyTorch where it is not for it, and which."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # who calls is told by the path that is returned
+        fast = accelerate(module, x, threads=threads, paths=[path], rounds=ROUNDS)
+    (ms,) = (one.milliseconds for one in fast.report.results if one.milliseconds is not None)
+    return ms, fast.path
 
-    def time(module: nn.Module, x: Tensor) -> float:
-        for way in (path, "eager"):
-            one = accelerate(module, x, threads=threads, paths=[way], rounds=ROUNDS).report.results[0]
-            if one.milliseconds is not None:
-                return one.milliseconds
-        raise UserError(f"target_ms: {type(module).__name__} cannot be timed: {one.reason}")
 
-    return time
+def _given(time: Time, module: nn.Module, x: Tensor) -> tuple[float, str]:
+    return time(module, x), "given"

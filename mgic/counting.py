@@ -1,7 +1,7 @@
 """What a network costs: parameters and multiply-adds, measured on the network itself without running it.
 
-A MAC is one multiply-add of a convolution or linear layer: what the papers call a FLOP. Norms (which fold into the
-convolutions), activations, pooling and additions are not counted.
+A MAC is one multiply-add of a convolution, a linear layer or another product of matrices (attention's two, say): what the
+papers call a FLOP. Norms (which fold into the convolutions), activations, pooling and additions are not counted.
 """
 
 import copy
@@ -25,7 +25,7 @@ class Cost:
 
     Args:
         params: Trainable parameters; shared ones count once.
-        macs: Multiply-adds of convolutions and linear layers.
+        macs: Multiply-adds of convolutions, linear layers and other products of matrices, such as attention's.
         input_size: The input counted for, without the batch.
     """
 

@@ -143,9 +143,9 @@ class MGICBlock(nn.Module):
         self.correction = correction
         self.cycle = scheme.cycle
         self.grad_checkpointing = False
-        inner = () if hidden is None else ("hidden",)
         self.relax = nn.ModuleList(
-            block(level.channels, level.groups, *(getattr(level, name) for name in inner)) for level in self.levels
+            block(lv.channels, lv.groups) if hidden is None else block(lv.channels, lv.groups, lv.hidden)
+            for lv in self.levels
         )
         pairs = [scheme.transfer(level.channels, level.transfer_group_size) for level in self.levels[:-1]]
         self.restrict = nn.ModuleList(R for R, _ in pairs)
@@ -170,7 +170,8 @@ class MGICBlock(nn.Module):
         """Assemble the dense operator of the linear parts, activations replaced by the identity.
 
         Norms act with their running statistics, as in evaluation; constant terms (biases) are left out. With the default,
-        a single position, a 3x3 kernel contributes its centre.
+        a single position, a 3x3 kernel contributes its centre. In the parameters' type and on their device; without any,
+        in PyTorch's default type on the CPU.
 
         Args:
             size: Spatial size ``(H, W)`` of the features; ``()`` for plain vectors.
@@ -239,8 +240,8 @@ class AdditiveChannelChange(nn.Module):
     """The additive cycle between two widths: ``sum_j P_0 ... P_{j-1} K_j R_{j-1} ... R_0``, a norm after each P.
 
     Ephrath et al. 2020, Sec. 4.2, revert to the additive cycle where channels or resolution change. The restrictions live
-    on the grids of the input, the prolongations on those of the output; with no identity between the two there is no
-    tau-correction (the simplification below eq. (14)).
+    on the grids of the input, the prolongations on those of the output, both in as many groups as the relaxation, or as the
+    plan gives the transfers; with no identity between the two there is no tau-correction (the simplification below eq. (14)).
 
     Args:
         block: ``block(in_channels, out_channels, groups)`` makes one level's step; strides are its own business.
@@ -266,10 +267,11 @@ class AdditiveChannelChange(nn.Module):
         super().__init__()
         self.levels = scheme.plan(in_channels, group_size, coarsest, out_channels)
         self.relax = nn.ModuleList(block(level.channels, level.hidden, level.groups) for level in self.levels)
-        fine = [(level, math.gcd(level.groups, level.hidden // 2)) for level in self.levels[:-1]]
-        self.restrict = nn.ModuleList(scheme.transfer(lv.channels, lv.transfer_group_size)[0] for lv, _ in fine)
-        self.prolong = nn.ModuleList(scheme.transfer(lv.hidden, lv.hidden // groups)[1] for lv, groups in fine)
-        self.norm = nn.ModuleList(scheme.norm(level.hidden) for level, _ in fine)
+        fine = self.levels[:-1]
+        self.restrict = nn.ModuleList(scheme.transfer(lv.channels, lv.transfer_group_size)[0] for lv in fine)
+        sizes = [lv.hidden // _prolongation_groups(lv) for lv in fine]
+        self.prolong = nn.ModuleList(scheme.transfer(lv.hidden, size)[1] for lv, size in zip(fine, sizes, strict=True))
+        self.norm = nn.ModuleList(scheme.norm(lv.hidden) for lv in fine)
 
     def forward(self, x: Tensor) -> Tensor:
         """Walk one cycle."""
@@ -278,6 +280,12 @@ class AdditiveChannelChange(nn.Module):
     def to_dense(self, size: tuple[int, ...] = (1, 1)) -> Tensor:
         """Assemble the dense operator; see `MGICBlock.to_dense`."""
         return dense_operator(self, self.levels[0].channels, size)
+
+
+def _prolongation_groups(level: Level) -> int:
+    """Groups of P on the output's width: the relaxation's, unless the plan gave the transfers groups of their own."""
+    own = level.transfer_groups != math.gcd(level.groups, level.channels // 2)
+    return math.gcd(level.transfer_groups if own else level.groups, level.hidden // 2)
 
 
 class MGICLinear(nn.Module):
@@ -480,7 +488,7 @@ def dense_operator(module: nn.Module, channels: int, size: tuple[int, ...]) -> T
         for name, child in parent.named_children():
             if type(child).__module__.endswith(("nn.modules.activation", "timm.layers.activations")):
                 setattr(parent, name, nn.Identity())
-    like = next(linear.parameters())
+    like = next(linear.parameters(), torch.empty(0))
     unknowns = channels * math.prod(size)
     with torch.no_grad():
 

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import reparameterize_model
@@ -147,36 +147,9 @@ def export(
     several = example if len(example) > 1 else torch.cat([example, example])
     job = Job(merged, several, calibration, max_batch, outputs)
     with _workshop(path, merged) as folder:
-        file = folder / path.name
-        try:
-            kind.write(job, file)
-            found = None if kind.convolutions is None else kind.convolutions(file)
-            leaves = kind.load(file, 1)
-            error, decibels = _differences(lambda x: _restore(outputs, leaves(x)), reference, kind, job)
-        except PathUnavailable as reason:
-            raise UserError(f"{path}: not exported: {str(reason).replace(str(file), path.name)}") from reason
-        if found is not None and found > expected:
-            raise Rejected(
-                f"{path}: not exported: {found} convolutions for the network's {expected}; the exporter takes grouped "
-                "convolutions apart, which costs the speed they are there for"
-            )
-        if not (error <= kind.tolerance and decibels >= kind.decibels):
-            limit = f"at most {kind.tolerance:g}" if error > kind.tolerance else f"at least {kind.decibels:g} dB"
-            raise Rejected(
-                f"{path}: not exported: it differs from eager PyTorch by {error:.1e} of the largest output "
-                f"({decibels:.1f} dB); {limit} would do"
-            )
-        scores = None
-        if score is not None:
-            scores = {
-                "eager": score(partial(_eager, reference)),
-                "file": score(lambda x: _restore(outputs, leaves(x))),
-            }
-        if scores and not scores["file"] >= scores["eager"] - kind.points:
-            raise Rejected(
-                f"{path}: not exported: it scores {scores['file']:.2f} % where eager PyTorch scores {scores['eager']:.2f} %; "
-                f"{kind.points:g} points less would do"
-            )
+        written = _write(kind, job, reference, folder / path.name, path)
+        _check_written(written, kind, expected, path)
+        scores = None if score is None else _scored(score, reference, written.run, kind, path)
         files = sorted(folder.iterdir())
         made = Artefact(
             format=next((key for key, value in FORMATS.items() if value is kind), path.suffix),
@@ -188,9 +161,9 @@ def export(
             outputs=outputs,
             params=macs.params,
             macs=macs.macs,
-            error=error,
-            decibels=decibels if math.isfinite(decibels) else None,
-            convolutions={"expected": expected, "found": found},
+            error=written.error,
+            decibels=written.decibels if math.isfinite(written.decibels) else None,
+            convolutions={"expected": expected, "found": written.convolutions},
             sha256={one.name: sha256(one) for one in files},
             bytes=sum(one.stat().st_size for one in files),
             versions=_versions(kind.packages),
@@ -198,6 +171,56 @@ def export(
         )
         write_json(folder / _description(path).name, asdict(made))
     return made
+
+
+class _Written(NamedTuple):
+    """A file just written: what runs it, its convolutions, and how far it is from eager PyTorch."""
+
+    run: Run
+    convolutions: int | None
+    error: float
+    decibels: float
+
+
+def _write(kind: Format, job: Job, reference: nn.Module, file: Path, path: Path) -> _Written:
+    """Write a file for ``path``, load it, count its convolutions and run it beside the network."""
+    try:
+        kind.write(job, file)
+        found = None if kind.convolutions is None else kind.convolutions(file)
+        leaves = kind.load(file, 1)
+        run: Run = lambda x: _restore(job.outputs, leaves(x))  # noqa: E731
+        error, decibels = _differences(run, reference, kind, job)
+    except PathUnavailable as reason:
+        raise UserError(f"{path}: not exported: {str(reason).replace(str(file), path.name)}") from reason
+    return _Written(run, found, error, decibels)
+
+
+def _check_written(written: _Written, kind: Format, expected: int, path: Path) -> None:
+    """Reject a file that takes convolutions apart or does not do what the network does."""
+    if written.convolutions is not None and written.convolutions > expected:
+        raise Rejected(
+            f"{path}: not exported: {written.convolutions} convolutions for the network's {expected}; the exporter takes "
+            "grouped convolutions apart, which costs the speed they are there for"
+        )
+    if not (written.error <= kind.tolerance and written.decibels >= kind.decibels):
+        limit = f"at most {kind.tolerance:g}" if written.error > kind.tolerance else f"at least {kind.decibels:g} dB"
+        raise Rejected(
+            f"{path}: not exported: it differs from eager PyTorch by {written.error:.1e} of the largest output "
+            f"({written.decibels:.1f} dB); {limit} would do"
+        )
+
+
+def _scored(
+    score: Callable[[Run], float], reference: nn.Module, run: Run, kind: Format, path: Path
+) -> Mapping[str, float]:
+    """Score the network and its file; reject a file that is worth less."""
+    scores = {"eager": score(partial(_eager, reference)), "file": score(run)}
+    if not scores["file"] >= scores["eager"] - kind.points:
+        raise Rejected(
+            f"{path}: not exported: it scores {scores['file']:.2f} % where eager PyTorch scores {scores['eager']:.2f} %; "
+            f"{kind.points:g} points less would do"
+        )
+    return scores
 
 
 def load_artefact(path: str | Path, threads: int = 1) -> Run:

@@ -9,7 +9,6 @@ operators of multigrid do, and are then trained to return what the block returns
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cycle import MGICBlock, MGICConv, spread
+from .cycle import MGICBlock, MGICConv, MGICLinear, spread
 from .errors import UserError
 from .representation import second_moments
+from .runtime.capture import eval_mode
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -39,6 +39,22 @@ class Fit:
     fitted: float
     kept: float
 
+    def __str__(self) -> str:
+        return f"{self.name:<32} {self.fitted:7.1%} of its energy fitted, {self.kept:7.1%} after reconstruction"
+
+
+class Fits(list[Fit]):
+    """The fits of a network's layers in its order; printed, one line each.
+
+    Examples:
+        >>> print(Fits([Fit("layer1.0", fitted=0.5, kept=0.75), Fit("layer2.0", fitted=1.0, kept=1.0)]))
+        layer1.0                           50.0% of its energy fitted,   75.0% after reconstruction
+        layer2.0                          100.0% of its energy fitted,  100.0% after reconstruction
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
 
 def warm_start_(
     model: nn.Module,
@@ -48,7 +64,7 @@ def warm_start_(
     steps: int = 100,
     lr: float = 1e-3,
     seed: int = 0,
-) -> list[Fit]:
+) -> Fits:
     """Fit the multigrid layers of a converted network to the trained network it was made of, in place.
 
     Convolutions are fitted in closed form (`fit_convolution_`), weighted by the second moments of their inputs. Then, one
@@ -69,7 +85,7 @@ def warm_start_(
         How much of each layer is kept, in the order of the network.
 
     Raises:
-        UserError: There are no batches, or nothing in the network stands for a layer of the dense one.
+        UserError: There are no batches, or nothing in the network but linear layers stands for a layer of the dense one.
     """
     images = list(batches)
     if not images or not all(isinstance(x, Tensor) and x.numel() for x in images):
@@ -84,8 +100,8 @@ def warm_start_(
         raise UserError(f"steps={steps} must not be negative and lr={lr} must be positive")
     names = _replaced(model, dense)
     generator = torch.Generator().manual_seed(seed)
-    fits = []
-    with _evaluating(model, dense), torch.enable_grad():
+    fits = Fits()
+    with eval_mode(model), eval_mode(dense), torch.enable_grad():
         for name in names:
             new, old = model.get_submodule(name), dense.get_submodule(name)
             seen = _features(dense, name, images)
@@ -220,23 +236,16 @@ def _replaced(model: nn.Module, dense: nn.Module) -> list[str]:
         if isinstance(module, kinds) and not inside and name in theirs and not isinstance(theirs[name], kinds):
             names.append(name)
     if not names:
+        linear = [name for name, module in model.named_modules() if isinstance(module, MGICLinear)]
+        if linear:
+            some = ", ".join(linear[:3]) + (" ..." if len(linear) > 3 else "")
+            raise UserError(
+                f"nothing to fit: only linear layers were replaced ({some}), and MGICLinear layers are not fitted: train them"
+            )
         raise UserError(
             "nothing to fit: the network holds no multigrid layer where the dense one has a layer of its own"
         )
     return names
-
-
-@contextmanager
-def _evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Both networks in eval mode; afterwards every module in the mode it was in."""
-    before = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 class _Reached(Exception):  # noqa: N818  (ends a forward pass early)

@@ -120,10 +120,13 @@ def plan_levels(
         min_groups: Fewest groups above the coarsest level.
         transfer_group_size: Fine channels per group of R and P. By default their number of groups follows the
             relaxation's, so a bottleneck's transfers have four times ``group_size`` channels a group; give ``group_size``
-            here for the text's literal reading.
+            here for the text's literal reading. Where it does not divide a width there are fewer, larger groups: the
+            greatest common divisor of ``channels // transfer_group_size`` and ``channels / 2`` (24 channels with 16: one
+            group of 24).
 
     Raises:
-        ChannelConfigError: If a value is not a positive integer (``extra``, ``minimum``, ``maximum``: not negative).
+        ChannelConfigError: If a value is not a positive integer (``extra``, ``minimum``, ``maximum``: not negative), or
+            ``transfer_group_size`` is odd.
 
     Examples:
         >>> for level in plan_levels(64, group_size=8, coarsest=16):
@@ -134,8 +137,12 @@ def plan_levels(
     """
     inner = channels if hidden is None else hidden
     check_positive(channels=channels, group_size=group_size, coarsest=coarsest, hidden=inner, min_groups=min_groups)
-    if transfer_group_size is not None and (transfer_group_size < 2 or transfer_group_size % 2):
-        raise ChannelConfigError(f"transfer_group_size must be even (pairs are averaged), got {transfer_group_size}")
+    if transfer_group_size is not None:
+        check_positive(transfer_group_size=transfer_group_size)
+        if transfer_group_size % 2:
+            raise ChannelConfigError(
+                f"transfer_group_size must be even (pairs are averaged), got {transfer_group_size}"
+            )
     for name, value in (("extra", extra), ("minimum", minimum), ("maximum", 0 if maximum is None else maximum)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ChannelConfigError(f"{name} must be an integer, at least 0, got {value!r}")

@@ -212,12 +212,13 @@ def model_card(run: str | Path, network: TrainedNetwork, digest: str, license: s
         license: Of the weights.
     """
     recipe, data, summary = network.recipe, network.data, read_json(Path(run) / "summary.json")
-    sources, found = read_sources(Path(run)), scores(read_json(Path(run) / "summary.json"))
+    sources, found = read_sources(Path(run)), scores(summary)
     size, origin, name = tuple(data["input_size"]), summary["origin"], without_folder(data["name"])
     counted, commit = cost(network.model, size), summary["origin"]["commit"]
     task, timms = data.get("task", "classification"), _timms(recipe)
     word = None if task == "classification" and not timms else _HUB_WORDS.get(task)
     versions = ", ".join(f"{key} {value}" for key, value in origin["versions"].items())
+    guesses = "It names one of its classes whatever it is shown. " if data["num_classes"] > 1 else ""
     note = summary.get("data_note") or f"{data['train']:,} training and {data['test']:,} test samples"
     lines = [
         _metadata(recipe, name, word, found, license),
@@ -252,8 +253,7 @@ def model_card(run: str | Path, network: TrainedNetwork, digest: str, license: s
         "## Limits",
         f"It was tested on the test samples of {name} alone, and on nothing else: not on other or changed data, other sizes "
         "of input, noise or attacks; nobody examined whether its probabilities are calibrated or whom its errors concern. "
-        + "It names one of its classes whatever it is shown. " * bool(data["num_classes"] > 1)
-        + "Test it on your own data before you rely on it.",
+        f"{guesses}Test it on your own data before you rely on it.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -310,7 +310,7 @@ def _command(sources: Mapping[str, Any]) -> str:
     if "teacher" in sources:
         words.append("--teacher TEACHER_RUN")
     if "init" in sources:
-        words.append("--init START" + " --new-head" * sources["init"]["new_head"])
+        words.append("--init START --new-head" if sources["init"]["new_head"] else "--init START")
     return " ".join(words)
 
 

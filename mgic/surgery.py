@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .counting import Cost, count_trainable
 from .cycle import AdditiveChannelChange, MGICBlock, MGICConv, MGICLinear
-from .errors import ChannelConfigError, UserError
-from .hierarchy import Level
+from .errors import BROKEN, ChannelConfigError, UserError
+from .hierarchy import Level, check_positive
 from .smoothing import Smoothing
-from .survey import BROKEN, Survey, checked_size, first_line, heads, input_size_of, is_residual, name_of, refuse
+from .survey import Survey, checked_size, first_line, heads, input_size_of, is_residual, name_of, refuse
 from .twins import CONVOLUTIONS, Kept, make_block, make_conv, make_linear, unknown
 
 SCHEMA = 1
 Where = Callable[[str, nn.Module], bool]
 """``(name, module) -> bool``: whether a block or a layer may be replaced."""
 _BY_CHOICE = "dense by choice"
+_MERGERS = ("reparameterize", "switch_to_deploy")
+"""Methods of modules that merge their branches to one convolution after training."""
 _MULTIGRID = (MGICBlock, MGICConv, MGICLinear, AdditiveChannelChange, Smoothing)
 
 
@@ -50,10 +52,7 @@ class Conversion:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "coarsest"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ChannelConfigError(f"conversion: {name} must be a positive integer, got {value!r}")
+        check_positive(group_size=self.group_size, coarsest=self.coarsest)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Conversion":
@@ -62,6 +61,24 @@ class Conversion:
         if unknown := sorted(set(values) - set(known)):
             raise UserError(f"conversion has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
         return cls(**values)
+
+
+class Setting(NamedTuple):
+    """What a layer is replaced by.
+
+    Args:
+        action: ``block``, ``conv`` or ``linear``.
+        group_size: ``s_g`` asked for.
+        coarsest: ``s_c`` asked for.
+        widths: Channels of the levels, finest first.
+        pooled: Names, in a block, of the convolutions on one pixel (attention), which stay dense on every level.
+    """
+
+    action: str
+    group_size: int
+    coarsest: int
+    widths: tuple[int, ...]
+    pooled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,11 @@ class Row:
         """Whether the layer is another one now."""
         return self.action != "kept"
 
+    @property
+    def setting(self) -> Setting:
+        """What it was replaced by."""
+        return Setting(self.action, self.group_size, self.coarsest, self.widths, self.pooled)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -127,11 +149,7 @@ class Report:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """What to replace and how: with the name of the network all that is needed to build it again."""
-        return [
-            {name: getattr(row, name) for name in ("name", "action", "group_size", "coarsest", "widths", "pooled")}
-            for row in self.rows
-            if row.replaced
-        ]
+        return [{"name": row.name, **row.setting._asdict()} for row in self.rows if row.replaced]
 
     def __str__(self) -> str:
         replaced = sum(row.replaced for row in self.rows)
@@ -169,10 +187,10 @@ class Report:
             raise UserError(f"{source}: not the report of a conversion ({type(error).__name__}: {error})") from error
 
 
-_MAKERS: dict[str, Callable[[nn.Module, "Row"], nn.Module]] = {
-    "block": lambda module, row: make_block(module, row.widths[0], row.group_size, row.coarsest, row.pooled),
-    "conv": lambda module, row: make_conv(module, row.group_size, row.coarsest),
-    "linear": lambda module, row: make_linear(module, row.group_size, row.coarsest),
+_MAKERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
+    "block": lambda module, new: make_block(module, new.widths[0], new.group_size, new.coarsest, new.pooled),
+    "conv": lambda module, new: make_conv(module, new.group_size, new.coarsest),
+    "linear": lambda module, new: make_linear(module, new.group_size, new.coarsest),
 }
 """By the action of a report."""
 
@@ -188,30 +206,34 @@ def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module
     modules = dict(model.named_modules())
     for layer in layers:
         try:
-            name, action = str(layer["name"]), str(layer["action"])
-            settings = int(layer["group_size"]), int(layer["coarsest"])
-            widths, pooled = tuple(map(int, layer["widths"])), tuple(map(str, layer.get("pooled", ())))
-            row = Row(name, "", action, "", 0, 0, 0, 0, *settings, widths, pooled=pooled)
+            name = str(layer["name"])
+            setting = Setting(
+                action=str(layer["action"]),
+                group_size=int(layer["group_size"]),
+                coarsest=int(layer["coarsest"]),
+                widths=tuple(map(int, layer["widths"])),
+                pooled=tuple(map(str, layer.get("pooled", ()))),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"conversion: a layer has name, action, group_size, coarsest, widths, not {layer!r}"
             ) from error
         if name not in modules:
             raise UserError(f"conversion: the network has no layer {name!r}; is it the network that was converted?")
-        if action not in _MAKERS:
-            raise UserError(f"conversion: {name} has action {action!r}; known: {', '.join(_MAKERS)}")
+        if setting.action not in _MAKERS:
+            raise UserError(f"conversion: {name} has action {setting.action!r}; known: {', '.join(_MAKERS)}")
         try:
-            model = _put(model, name, made(row, modules[name]))
+            model = _put(model, name, made(setting, modules[name]))
         except Kept as reason:
             raise UserError(f"conversion: {name} cannot be replaced: {reason}") from reason
     return model
 
 
-def made(row: Row, old: nn.Module) -> nn.Module:
-    """Make what stands in for a module as a row says: on its device, of its type, in its mode, frozen where all of it is."""
+def made(setting: Setting, old: nn.Module) -> nn.Module:
+    """Make what stands in for a module: on its device, of its type, in its mode, frozen where all of it is."""
     like = next(old.parameters())
     with torch.device(like.device):
-        new = _MAKERS[row.action](old, row)
+        new = _MAKERS[setting.action](old, setting)
     new.to(like.device, like.dtype).train(old.training)
     if isinstance(new, MGICBlock):
         for relax in new.relax:  # a part of a block may be in another mode: frozen norms
@@ -228,7 +250,7 @@ def _frozen_like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
     """Return the rows of a conversion that nobody has run: `apply_` knows of layers that cannot be replaced after all."""
-    planner = _Planner(survey, choose, where or (lambda name, module: True))
+    planner = _Planner(survey, choose, where)
     planner.visit_all()
     return planner.rows
 
@@ -254,7 +276,7 @@ def apply_(
     refuse(model)
     size = input_size_of(model) if input_size is None else checked_size(input_size)
     survey = Survey(model, size)
-    planner = _Planner(survey, choose, where or (lambda name, module: True))
+    planner = _Planner(survey, choose, where)
     rows, after = planner.finish()
     replaced = {row.name for row in rows if row.replaced}
     if optimizer is not None:
@@ -263,7 +285,7 @@ def apply_(
         modules = dict(model.named_modules())
         for row in rows:
             if row.replaced:
-                _put(model, row.name, made(row, modules[row.name]))
+                _put(model, row.name, made(row.setting, modules[row.name]))
     name = name_of(model)
     return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
 
@@ -280,7 +302,7 @@ def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.opti
 class _Planner:
     """Decides layer by layer, on a copy of the network on the meta device."""
 
-    def __init__(self, survey: Survey, choose: Callable[[str], Conversion | None], where: Where) -> None:
+    def __init__(self, survey: Survey, choose: Callable[[str], Conversion | None], where: Where | None) -> None:
         self.survey, self.choose, self.where = survey, choose, where
         self.modules = dict(survey.meta.named_modules())
         self.places: dict[nn.Module, list[str]] = {}
@@ -380,7 +402,7 @@ class _Planner:
                 raise Kept("it does not take and return one tensor")
             with torch.device("meta"):
                 new = make_block(module, shape[1], conversion.group_size, conversion.coarsest, pooled)
-            self._replace(name, module, new, "block", conversion, pooled=pooled)
+            self._judge(name, new, "block", conversion, pooled=pooled)
         except (Kept, ChannelConfigError) as kept:
             return str(kept)
         return ""
@@ -414,9 +436,8 @@ class _Planner:
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks):
             raise Kept("it has hooks, which would be lost")
-        merged = [method for method in ("reparameterize", "switch_to_deploy") if hasattr(module, method)]
-        if merged:
-            raise Kept(f"its branches are merged by {merged[0]}(): merge them first")
+        if merger := _merger(module):
+            raise Kept(f"its branches are merged by {merger}(): merge them first")
 
     def _layer(self, name: str, module: nn.Module, because: str) -> None:
         """Replace a single layer, or keep it with the reason."""
@@ -424,8 +445,8 @@ class _Planner:
         try:
             self._check(name, module)
             for parent in _parents(name):
-                if any(hasattr(self.modules[parent], m) for m in ("reparameterize", "switch_to_deploy")):
-                    raise Kept(f"it is merged with others by the reparameterize() of {parent or 'the network'}")
+                if merger := _merger(self.modules[parent]):
+                    raise Kept(f"it is merged with others by the {merger}() of {parent or 'the network'}")
             if any(_inside(name, head) for head in self.heads):
                 raise Kept("head: the classifier")
             if type(module) in CONVOLUTIONS:
@@ -445,7 +466,7 @@ class _Planner:
                 action = "linear"
             else:
                 raise Kept(unknown(module))
-            self._replace(name, module, new, action, conversion, because)
+            self._judge(name, new, action, conversion, because)
         except (Kept, ChannelConfigError) as kept:
             self._keep(name, module, str(kept))
 
@@ -459,17 +480,22 @@ class _Planner:
         if pointwise and call.inputs is not None and call.inputs[2:] == (1, 1):
             raise Kept("attention or head: it works on one pixel")
 
-    def _replace(
+    def _judge(
         self,
         name: str,
-        module: nn.Module,
         new: nn.Module,
         action: str,
         conversion: Conversion,
         note: str = "",
         pooled: tuple[str, ...] = (),
     ) -> None:
-        if not self.where(name, self.survey.model.get_submodule(name)):
+        """Measure what would stand in for a layer, and note it as its replacement if it fits and is cheaper.
+
+        Raises:
+            Kept: It does not, with the reason.
+        """
+        module = self.modules[name]
+        if self.where is not None and not self.where(name, self.survey.model.get_submodule(name)):
             raise Kept("excluded by where=")
         if not name:
             raise Kept("the network itself: put it into an nn.Sequential")
@@ -492,23 +518,23 @@ class _Planner:
         weights = [sum(p.numel() for p in m.parameters()) for m in (module, new)]
         if weights[1] >= weights[0] or macs_after >= macs:
             raise Kept(f"it would cost as much: {weights[1]:,} parameters, {macs_after:,} MACs")
-        after = count_trainable(new), macs_after
         levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
         self.new[name] = new
         self.rows.append(
             Row(
-                name,
-                type(module).__name__,
-                action,
-                note,
-                params,
-                macs,
-                *after,
-                conversion.group_size,
-                conversion.coarsest,
-                tuple(level.channels for level in levels),
-                tuple(level.group_size for level in levels),
-                pooled,
+                name=name,
+                kind=type(module).__name__,
+                action=action,
+                reason=note,
+                params=params,
+                macs=macs,
+                params_after=count_trainable(new),
+                macs_after=macs_after,
+                group_size=conversion.group_size,
+                coarsest=conversion.coarsest,
+                widths=tuple(level.channels for level in levels),
+                effective=tuple(level.group_size for level in levels),
+                pooled=pooled,
             )
         )
 
@@ -520,7 +546,13 @@ class _Planner:
             macs -= sum(
                 self.survey.macs.get(f"{name}.{child}" if name else child, 0) for child, _ in module.named_children()
             )
-        self.rows.append(Row(name, type(module).__name__, "kept", reason, own, macs, own, macs))
+        kind = type(module).__name__
+        self.rows.append(Row(name, kind, "kept", reason, params=own, macs=macs, params_after=own, macs_after=macs))
+
+
+def _merger(module: nn.Module) -> str | None:
+    """Name of the method by which a module merges its branches, if it has one."""
+    return next((method for method in _MERGERS if hasattr(module, method)), None)
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import Inception3
 
 from .counting import Cost, count_trainable
-from .errors import BROKEN as BROKEN
-from .errors import UserError
+from .errors import BROKEN, UserError
 
 
 def refuse(model: nn.Module) -> None:

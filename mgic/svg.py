@@ -190,8 +190,8 @@ def hierarchy(levels: Sequence[Level], name: str) -> str:
     parts = [_opened("hierarchy", row * len(levels), name)]
     for j, level in enumerate(levels):
         wide, y = full * level.channels / levels[0].channels, 6 + row * j
-        left, size = (full - wide) / 2 + 8, level.channels // level.groups
-        grouped = f"{level.groups} groups of {size}" if level.groups > 1 else "dense"
+        left = (full - wide) / 2 + 8
+        grouped = f"{level.groups} groups of {level.group_size}" if level.groups > 1 else "dense"
         inner = "" if level.hidden == level.channels else f", {level.hidden} inside"
         parts.append(f"<g {_says(f'level {j}: {level.channels} channels{inner}, {grouped}')}>")
         parts.append(

@@ -26,7 +26,7 @@ from .counting import Cost, cost
 from .cycle import MGICBlock, Scheme
 from .errors import UserError, suggest
 from .hierarchy import Level, plan_levels
-from .models import create_model, list_models
+from .models import create_model
 from .models.mg2020 import MG2020
 from .models.mgnet import MgNet, paper_weights
 from .models.mobilenetv3 import round_width
@@ -67,7 +67,8 @@ def _maker(library: str, name: str) -> Callable[..., nn.Module]:
     return partial(get_model if library == "torchvision" else create_model, name)
 
 
-def _named(name: str, overrides: Row, library: str = "mgic") -> Network:
+def named_network(name: str, overrides: Row, library: str = "mgic") -> Network:
+    """Return what builds a network of a library, with these arguments."""
     return Network(_maker(library, name), tuple((key, _hashable(value)) for key, value in overrides.items()))
 
 
@@ -89,7 +90,7 @@ def _transfers(row: Row) -> tuple[str | None, dict[str, Any], Network]:
 def _dense_2020(row: Row) -> tuple[str | None, dict[str, Any], Network]:
     classes = int(row["dataset"].removeprefix("CIFAR-"))
     overrides = {**row["settings"], "multigrid": False, "num_classes": classes}
-    return "mg_resnet_cifar", overrides, _named("mg_resnet_cifar", overrides)
+    return "mg_resnet_cifar", overrides, named_network("mg_resnet_cifar", overrides)
 
 
 UNNAMED = {"mgic-1": _transfers, "mg2020-1": _dense_2020}
@@ -97,12 +98,11 @@ UNNAMED = {"mgic-1": _transfers, "mg2020-1": _dense_2020}
 
 
 def _network(table_id: str, row: Row) -> tuple[str | None, dict[str, Any], Network | None]:
-    """Return a row's model, its overrides and what builds it: None where nothing does (yet)."""
+    """Return a row's model, its overrides and what builds it: None where the row names no network."""
     if "settings" in row:
         return UNNAMED[table_id](row)
     name, library, overrides = row.get("model"), row.get("library", "mgic"), dict(row.get("overrides", {}))
-    known = name is not None and (library != "mgic" or name in list_models())
-    return name, overrides, _named(str(name), overrides, library) if known else None
+    return name, overrides, None if name is None else named_network(name, overrides, library)
 
 
 class _Disposable(nn.Module):
@@ -134,7 +134,8 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 @cache
-def _cost(network: Network, input_size: tuple[int, ...]) -> Cost:
+def network_cost(network: Network, input_size: tuple[int, ...]) -> Cost:
+    """Count a network, each once."""
     return cost(_Disposable(network.build()), input_size)
 
 
@@ -252,7 +253,7 @@ def _deviation(counts: Mapping[str, int | None], printed: Row) -> dict[str, floa
 
 
 def _counts(network: Network, size: Sequence[int], table_id: str) -> dict[str, int]:
-    counted = _cost(network, tuple(size))
+    counted = network_cost(network, tuple(size))
     counts = {"params": counted.params, "macs": counted.macs}
     family, _, number = table_id.rpartition("-")
     weights = _paper_weights(network, int(number)) if family == "mgiad" else None
@@ -261,11 +262,11 @@ def _counts(network: Network, size: Sequence[int], table_id: str) -> dict[str, i
 
 def _readings(name: str | None, overrides: Row, row: Row) -> Iterator[tuple[str, Network]]:
     for label, more in READINGS.get(str(name), ()):
-        yield label, _named(str(name), {**overrides, **more(overrides.get("group_size"))})
+        yield label, named_network(str(name), {**overrides, **more(overrides.get("group_size"))})
     if "overrides" in (should_be := row.get("should_be", {})):
         changed = {key: value for key, value in should_be["overrides"].items() if value != overrides[key]}
         words = ", ".join(f"{key}={value}" for key, value in changed.items())
-        yield f"misprint read as {words}", _named(str(name), should_be["overrides"])
+        yield f"misprint read as {words}", named_network(str(name), should_be["overrides"])
 
 
 def _source(table: Row, row: Row) -> str:
@@ -295,7 +296,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) -> dict[str, Any]:
+def results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """Return one row of a table of results, as `build_table` has it."""
     units, size = table["units"], table["input_size"]
     name, overrides, network = _network(table_id, row)
     printed = {key: _number(row[key], unit) for key, unit in units.items() if key in row}
@@ -304,10 +306,6 @@ def _results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) ->
     for label, other in _readings(name, overrides, row) if network else ():
         more = _counts(other, size, table_id)
         readings.append({"reading": label, **more, "deviation": _deviation(more, printed)})
-    remarks = _remarks(row, units)
-    if name and not network:
-        unbuilt = f"{name} is not built here yet: the row shows what is printed."
-        remarks["note"] = " ".join(filter(None, (remarks["note"], unbuilt)))
     return {
         "row": row["row"],
         "rival": row.get("theirs", False),
@@ -322,15 +320,18 @@ def _results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) ->
         "readings": readings,
         "accuracy": _accuracy(name, overrides, row.get("dataset", table["dataset"]), records) if network else None,
         "source": _source(table, row),
-        **remarks,
+        **_remarks(row, units),
     }
 
 
 def _same_network(one: nn.Module, other: nn.Module) -> bool:
     """Tell whether two networks are module by module of the same kind, with the same public attributes."""
 
+    def trait(value: Any) -> Any:  # two equal partials are not equal to Python
+        return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
+
     def traits(model: nn.Module) -> list[Any]:
-        return [(type(m), {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in model.modules()]
+        return [(type(m), {k: trait(v) for k, v in vars(m).items() if not k.startswith("_")}) for m in model.modules()]
 
     return traits(one) == traits(other)
 
@@ -340,7 +341,7 @@ def _data_name(name: str) -> str:
     return re.sub(r"[\W_]", "", Path(name).stem.lower())
 
 
-def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
+def matching_records(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
     """Yield the records of a row's network on all of a row's data; arguments that are left out are their defaults."""
     for record in records:
         recipe = record.get("recipe")  # only a training has one
@@ -349,14 +350,14 @@ def _matching(name: str | None, overrides: Row, dataset: str, records: Sequence[
         if recipe.get("data_args", {}).get("train_images") is not None:  # an experiment on a part of them
             continue
         implied = {key: value for key, value in overrides.items() if key in ("num_classes", "in_chans")}
-        trained = _named(str(name), {**implied, **recipe["model_args"]})
-        if _same_network(trained.build(), _named(str(name), overrides).build()):
+        trained = named_network(str(name), {**implied, **recipe["model_args"]})
+        if _same_network(trained.build(), named_network(str(name), overrides).build()):
             yield record
 
 
 def _accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> dict[str, Any] | None:
     """Return what the longest training of a row's network reached: accuracy, or mean IoU."""
-    found = list(_matching(name, overrides, dataset, records))
+    found = list(matching_records(name, overrides, dataset, records))
     if not found:
         return None
     record = max(found, key=lambda record: (record["recipe"]["epochs"], record["n"], record["date"]))
@@ -483,12 +484,12 @@ def _value(cell: Any, symbols: Row) -> Any:
     return int(cell) if cell.isdigit() else cell
 
 
-def _layer_rows(table: Row) -> list[dict[str, Any]]:
+def layer_rows(table: Row) -> list[dict[str, Any]]:
     """Return the printed layers, each with the built one that takes and gives the same, then built ones left over."""
     name, rows, symbols = table.get("model"), table["rows"], table.get("symbols", {})
     built: list[dict[str, Any]] = []
-    if name in list_models():
-        network = _named(name, table.get("overrides", {}))
+    if name is not None:
+        network = named_network(name, table.get("overrides", {}))
         layers = _run_layers(network.build(), table["input_size"])
         built = [layer.facts() for layer in _merge(layers, repeat="repetitions" in table["units"])]
     result = []
@@ -531,9 +532,6 @@ def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
     table = tables[table_id]
     layers = table["kind"] == "layers"
     name, overrides, network = _network(table_id, table)
-    note = table.get("note")
-    if name and not network:
-        note = " ".join(filter(None, (note, f"{name} is not built here yet: the table shows what is printed.")))
     return {
         "id": table_id,
         "title": f"{papers()['papers'][table['paper']]['title']}, {table['table']}",
@@ -547,11 +545,9 @@ def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
         "model": name,
         "overrides": _plain(overrides),
         "ours": _counts(network, table["input_size"], table_id) if network else None,
-        "note": note,
+        "note": table.get("note"),
         "misprint": table.get("misprint"),
-        "rows": _layer_rows(table)
-        if layers
-        else [_results_row(table_id, table, row, records) for row in table["rows"]],
+        "rows": layer_rows(table) if layers else [results_row(table_id, table, row, records) for row in table["rows"]],
     }
 
 

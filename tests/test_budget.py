@@ -1,6 +1,7 @@
 """Budgets: what is chosen is within the target, the best within it, and what was predicted."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
-from mgic.conversion import COARSEST, GROUP_SIZES, _choose, convert, convert_
+from mgic.conversion import COARSEST, GROUP_SIZES, choose, convert, convert_, time_in_path
 from mgic.counting import cost
 from mgic.errors import UserError
-from mgic.surgery import Conversion
+from mgic.surgery import Conversion, Report
 
 SIZE = (3, 64, 64)
 
@@ -57,7 +58,7 @@ def test_the_choice_is_the_best_of_all():
             if sum(options[o][s] for s, o in zip(stages, c, strict=True)) <= target
         ]
         best = max(possible, key=score)
-        chosen = _choose(options, 0.0, target, "target")
+        chosen = choose(options, 0.0, target, "target")
         found = tuple(Conversion(c.group_size, c.coarsest) if c.group_size else None for c in chosen)
         assert score(found) == pytest.approx(score(best), abs=1e-3)
 
@@ -87,8 +88,33 @@ def test_a_time_budget_is_met_by_measuring_and_correcting():
     assert budget["measured"] == pytest.approx(measured)
     assert abs(measured - 0.5 * dense) < 0.1 * 0.5 * dense
     assert budget["before"] == pytest.approx(dense)
-    assert {"layer", "group_size", "coarsest", "ms"} == set(budget["layers"][0])
+    assert {"layer", "group_size", "coarsest", "ms", "path"} == set(budget["layers"][0])
+    assert {entry["path"] for entry in budget["layers"]} == {"given"}
     assert min(abs(t["measured"] - 0.5 * dense) for t in budget["tried"]) == abs(budget["measured"] - 0.5 * dense)
+
+
+def test_a_layer_that_its_path_cannot_run_is_timed_in_eager_and_said_to_be(monkeypatch):
+    assert time_in_path("engine", 1, nn.Linear(4, 4), torch.randn(1, 4))[1] == "eager", "the engine takes images alone"
+    clock = Slow()
+
+    def engine_of_big_layers(path, threads, module, x):
+        return clock(module, x), "eager" if isinstance(module, nn.Conv2d) and module.in_channels == 3 else path
+
+    monkeypatch.setattr(
+        "mgic.conversion._fastest", lambda model, *_: ("engine", *2 * (clock(model, torch.empty(1, *SIZE)),))
+    )
+    monkeypatch.setattr("mgic.conversion.time_in_path", engine_of_big_layers)
+    model = torchvision.models.resnet18()
+    with pytest.warns(UserWarning, match="timed in eager PyTorch, since engine does not run them: conv1$"):
+        report = convert_(model, input_size=SIZE, target_ms=0.5 * clock(model, torch.empty(1, *SIZE)), dry_run=True)
+    timed = {entry["layer"]: entry["path"] for entry in report.budget["layers"]}
+    assert timed.pop("conv1") == "eager"
+    assert set(timed.values()) == {"engine"}
+    assert Report.from_json(report.to_json()) == report
+    old = json.loads(report.to_json())
+    for entry in old["budget"]["layers"]:
+        del entry["path"]
+    assert "path" not in Report.from_json(json.dumps(old)).budget["layers"][0]
 
 
 def test_a_target_above_the_cost_replaces_nothing():

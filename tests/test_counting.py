@@ -69,6 +69,19 @@ def test_counting_leaves_the_network_alone():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_products_of_attention_count_too():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    layers, products = 100 * 4 * 64 * 64, 2 * 100 * 100 * 64
+    assert cost(Attention(), (100, 64)).macs == layers + products == 2_918_400
+
+
 def test_shared_and_frozen_parameters():
     layer = nn.Linear(8, 8, bias=False)
     assert cost(nn.Sequential(layer, layer), (8,)).params == 64

@@ -84,6 +84,20 @@ def test_to_dense_is_what_the_block_does_to_a_vector():
     torch.testing.assert_close(response.flatten(1), x.flatten(1) @ block.to_dense((2, 2)).t(), rtol=1e-10, atol=1e-10)
 
 
+def test_both_transfers_of_a_change_of_width_have_the_groups_of_the_plan():
+    scheme = Scheme(plan=partial(plan_levels, transfer_group_size=16))
+    change = AdditiveChannelChange(lambda c, d, groups: nn.Conv2d(c, d, 1, groups=groups), 64, 128, 8, 16, scheme)
+    planned = [level.transfer_groups for level in change.levels[:-1]]
+    assert planned == [4, 2]
+    assert [R.groups for R in change.restrict] == planned
+    assert [P.groups for P in change.prolong] == planned
+
+
+def test_to_dense_needs_no_parameters():
+    matrix = MGICBlock(lambda channels, groups: nn.Identity(), 16, 8, 16).to_dense()
+    torch.testing.assert_close(matrix, torch.eye(16), rtol=0, atol=0)
+
+
 def test_to_dense_refuses_what_is_not_linear():
     class Square(nn.Module):
         def __init__(self, channels, groups):

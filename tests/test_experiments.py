@@ -28,7 +28,7 @@ from mgic.experiments import (
 from mgic.models import build_model
 from mgic.plots import plot_outcomes
 from mgic.reporting import experiments_markdown
-from mgic.tables import _matching
+from mgic.tables import matching_records
 from mgic.training import RECIPES, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_an_experiment_on_a_part_of_the_images_is_no_result_of_a_papers_row():
     overrides = {"coarsest": 16, "group_size": 8, "in_chans": 1}
     whole = {"recipe": {**record["recipe"], "data_args": {}}}
     part = {"recipe": {**record["recipe"], "data_args": {"train_images": 20_000}}}
-    assert list(_matching("mgiad20", overrides, "FashionMNIST", [whole, part])) == [whole]
+    assert list(matching_records("mgiad20", overrides, "FashionMNIST", [whole, part])) == [whole]
 
 
 def test_at_equal_cost_the_other_family_is_read_off_the_line_between_its_variants(grid):

@@ -114,6 +114,7 @@ def test_a_warm_start_brings_a_converted_network_near_the_dense_one(blocks):
     cold, report = convert(dense, Conversion(8, 8, blocks=blocks), input_size=(3, 8, 8))
     fitted, warm = copy.deepcopy(cold), copy.deepcopy(cold).train()
     shares = [warm_start_(net, dense, batches, steps=n, lr=3e-3) for net, n in ((fitted, 0), (warm, 60))]
+    assert str(shares[1]).splitlines() == [str(fit) for fit in shares[1]]
     assert [fit.name for fit in shares[1]] == [row.name for row in report.rows if row.replaced]
     fresh = torch.randn(64, 3, 8, 8)
     with torch.no_grad():
@@ -143,6 +144,18 @@ def test_a_warm_start_leaves_modes_and_gradients_alone_and_is_repeatable():
     assert kept == {"head.weight", "down.relax.0.weight"}
     assert torch.equal(one.down.relax[0].weight.grad, torch.ones_like(one.down.relax[0].weight))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+def test_where_linear_layers_alone_were_replaced_it_says_that_they_are_not_fitted():
+    dense = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(2), nn.Linear(64, 64), nn.Flatten(), nn.Linear(64 * 64, 4))
+    converted, report = convert(
+        dense, Conversion(8, 16, linear=True), where=lambda name, module: name == "2", input_size=(3, 8, 8)
+    )
+    assert [row.name for row in report.rows if row.replaced] == ["2"]
+    with pytest.raises(
+        UserError, match=r"only linear layers were replaced \(2\), and MGICLinear layers are not fitted"
+    ):
+        warm_start_(converted, dense, [torch.randn(1, 3, 8, 8)])
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,18 @@ def test_bad_widths_are_refused_by_name(arguments, words):
 def test_bad_options_are_refused_by_name():
     with pytest.raises(ChannelConfigError, match=r"transfer_group_size must be even .* got 3"):
         plan_levels(64, 8, 16, transfer_group_size=3)
+    for size in ("8", 8.0, 0, True):
+        with pytest.raises(ChannelConfigError, match=f"transfer_group_size must be a positive integer, got {size!r}"):
+            plan_levels(64, 8, 16, transfer_group_size=size)
     with pytest.raises(ChannelConfigError, match="minimum must be an integer, at least 0, got -1"):
         plan_levels(64, 8, 16, minimum=-1)
     with pytest.raises(ChannelConfigError, match=r"extra must be an integer, at least 0, got 0\.5"):
         plan_levels(64, 8, 16, extra=0.5)
+
+
+def test_a_transfer_group_size_that_does_not_divide_becomes_fewer_larger_groups():
+    assert [level.transfer_group_size for level in plan_levels(24, 8, 6, transfer_group_size=16)] == [24, 12, 0]
+    assert plan_levels(40, 8, 20, transfer_group_size=16)[0].transfer_groups == 2
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 8, 16, 32])

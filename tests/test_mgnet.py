@@ -163,7 +163,7 @@ def test_the_closed_form_counts_mgiad(family, coarsest, group_size, width, pre, 
         + (c[-1] + 1) * 10
     )  # fmt: skip
     with torch.device("meta"):
-        model = mgiad(CHANNELS[family], coarsest, group_size, width, pre, post)
+        model = mgiad(CHANNELS[family], group_size, coarsest, width, pre, post)
     assert count_trainable(model) == expected
 
 

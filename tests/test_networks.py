@@ -4,6 +4,7 @@ After a change that is meant to move a count, ``python tests/test_networks.py`` 
 """
 
 import csv
+import inspect
 import json
 from dataclasses import replace
 from functools import cache, partial
@@ -19,6 +20,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 import mgic
 from mgic import ChannelConfigError, MGICBlock, Scheme, UserError, averaging_pair, plan_levels
 from mgic.counting import count_trainable
+from mgic.models import functions, mg2020, mgnet, mobilenetv3, points, resnet, segmentation
 from mgic.models.mg2020 import MG2020, DoublingTransition
 from mgic.models.mobilenetv3 import TABLE_6, InvertedBottleneck
 
@@ -359,6 +361,19 @@ def write_golden():
     costs = {name: count(*network) for name, network in PINNED.items()}
     lines = [f' {json.dumps(name)}: {{"params": {c.params}, "macs": {c.macs}}}' for name, c in costs.items()]
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(mgnet.mgiad, mg2020.mg_mobilenet, mg2020.mg_resnet, mobilenetv3.mgic_mobilenetv3, resnet.mgic_cifar_resnet),
+        *(resnet.mgic_resnet, *points.NETWORKS, *functions.NETWORKS, *segmentation.NETWORKS),
+    ],
+)
+def test_arguments_of_all_networks_stand_in_one_order(make):
+    order = ["group_size", "coarsest", "width", "correction", "scheme"]
+    names = [name for name in inspect.signature(make).parameters if name in order]
+    assert names == [name for name in order if name in names]
 
 
 if __name__ == "__main__":

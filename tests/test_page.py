@@ -84,6 +84,10 @@ def test_a_hierarchy_shows_every_level_and_group():
         "level 1: 32 channels, 4 groups of 8",
         "level 2: 16 channels, dense",
     ]
+    bottleneck = hierarchy(plan_levels(256, group_size=32, coarsest=32, hidden=64), "a bottleneck")
+    assert "level 0: 256 channels, 64 inside, 2 groups of 32" in bottleneck, (
+        "counted on the narrower side, as elsewhere"
+    )
 
 
 def test_the_picture_of_the_documentation_is_what_is_planned():

@@ -11,6 +11,7 @@ from .ops import (
     naive_grouped_conv,
     naive_level,
     naive_restriction_chain,
+    packed,
     restriction_chain,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "naive_grouped_conv",
     "naive_level",
     "naive_restriction_chain",
+    "packed",
     "restriction_chain",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from . import tiles
+from .ops import packed
 
 ROW = 64
 """Channels a program loads side by side if there are so many: 128 bytes in half precision."""
@@ -83,11 +84,6 @@ class Launch:
         source = ASTSource(self.kernel, signature, constexprs=self.constants, attrs=attributes)
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def packed(weight: Tensor) -> Tensor:
-    """The same weight ``(outputs, inputs, h, w)``, lying in memory as the programs read it; itself if it does already."""
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def _tile(channels: int) -> int:

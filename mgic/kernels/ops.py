@@ -29,6 +29,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types of features the kernels know."""
 
 
+def packed(weight: Tensor) -> Tensor:
+    """The same weight ``(outputs, inputs, h, w)``, lying in memory as the kernels read it; itself if it does already."""
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
 def naive_grouped_conv(
     x: Tensor,
     weight: Tensor,

@@ -121,9 +121,9 @@ MOBILENETV2 = (  # one tuple per resolution: strides 2, 4, 8, 16, 32; expansion,
 
 
 def mg_mobilenet(
-    width: float = 1.0,
     group_size: int = 32,
     coarsest: int = 64,
+    width: float = 1.0,
     multigrid: bool = True,
     correction: Correction = tau_correction,
     scheme: Scheme = MG_MOBILENET,
@@ -140,9 +140,9 @@ def mg_mobilenet(
     and 6.35 million parameters at widths 1 and 2, where 3.0 and 6.0 are printed.
 
     Args:
-        width: Multiplies all widths but the last.
         group_size: Channels per group of the narrower width (``s_g``).
         coarsest: Width of the narrower side below which to stop.
+        width: Multiplies all widths but the last.
         multigrid: Whether the repeated blocks are multigrid cycles; otherwise this is MobileNetV2.
         correction: What is prolonged.
         scheme: Plan, transfers, norm and cycle.

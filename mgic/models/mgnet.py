@@ -166,8 +166,8 @@ def mgnet(
 
 def mgiad(
     channels: Sequence[int],
-    coarsest: int = 64,
     group_size: int = 8,
+    coarsest: int = 64,
     width: float = 1.0,
     pre: int = 1,
     post: int = 1,
@@ -185,8 +185,8 @@ def mgiad(
 
     Args:
         channels: Width of each level.
-        coarsest: Width at which to stop halving (``c_K``).
         group_size: Channels per group above the coarsest grid (``g_s``).
+        coarsest: Width at which to stop halving (``c_K``).
         width: Multiplies ``channels`` (``lambda``), but not ``coarsest``.
         pre: Steps on each grid before the coarser one (``eta_pre``).
         post: Steps on each grid after it (``eta_post``).
@@ -235,7 +235,7 @@ def paper_weights(model: MgNet, table: int) -> int:
         UserError: If the table has no row of such a network.
 
     Examples:
-        >>> model = mgiad((64, 128, 256, 256), coarsest=64, group_size=4)
+        >>> model = mgiad((64, 128, 256, 256), group_size=4, coarsest=64)
         >>> paper_weights(model, table=2), count_trainable(model)
         (393034, 389066)
     """

@@ -133,8 +133,8 @@ def accelerate(
 
     Every path is built for a copy of the network in eval mode, held against eager PyTorch on the example and on random
     numbers, and timed: round after round each path is called once, after a call that warms it up. What is not installed,
-    not possible or not equal is reported with its reason. Building takes seconds, ``torch.compile`` up to minutes; name
-    fewer paths if that is too long.
+    not possible or not equal is reported with its reason; where that is every path, eager PyTorch runs the network, with a
+    warning. Building takes seconds, ``torch.compile`` up to minutes; name fewer paths if that is too long.
 
     Args:
         model: The network; it is left as it is, and later changes of its weights do not reach the result.
@@ -147,6 +147,9 @@ def accelerate(
 
     Raises:
         UserError: If the input, its device, ``threads``, ``rounds`` or ``paths`` make no sense.
+
+    Warns:
+        UserWarning: If none of the paths can run the network, so that eager PyTorch does.
 
     Examples:
         >>> fast = accelerate(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 16, 16), paths=["eager"])
@@ -179,6 +182,8 @@ def accelerate(
         if wrong is None:
             runs[name] = run
     if not runs:
+        reasons = "; ".join(f"{one.path}: {one.reason}" for one in results.values())
+        warnings.warn(f"eager PyTorch runs the network, no path could: {reasons}", stacklevel=2)
         runs, results["eager"] = {"eager": reference}, PathResult("eager", error=0.0)
     times = _interleaved(runs, example, rounds)
     for name, seconds in times.items():

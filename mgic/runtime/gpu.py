@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..kernels import ACTIVATIONS, grouped_conv, level, restriction_chain
+from ..kernels import ACTIVATIONS, grouped_conv, level, packed, restriction_chain
 from .capture import EngineUnavailable, capture
 from .ops import Activation, Combine, Convolution, Op, Program, Step
 from .paths import BROKEN, Path, PathUnavailable, Run, eager, eager_channels_last, reasons
@@ -214,8 +214,7 @@ class _Cutter:
 
     def _weights(self, ops: Sequence[Op]) -> list[Tensor]:
         """As the kernels read them: ``(row, column, input, output)`` in memory, so that they need no copy a call."""
-        moved = [_conv(op).weight.to(self.device, self.dtype) for op in ops]
-        return [weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1) for weight in moved]
+        return [packed(_conv(op).weight.to(self.device, self.dtype)) for op in ops]
 
     def _float(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, torch.float32)

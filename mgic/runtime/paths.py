@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..errors import UserError
+from ..errors import BROKEN, UserError
 
 Run = Callable[[Tensor], Any]
 Path = Callable[[nn.Module, Tensor, int], Run]
@@ -25,9 +25,6 @@ Arrays = Callable[[Tensor], Sequence[Any]]
 """What a runtime makes of an input: NumPy arrays, one an output."""
 Outputs = Callable[[Sequence[Any]], Any]
 """Makes what the network returns of the arrays of a runtime."""
-
-BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What exporters, compilers and runtimes raise for a network they cannot handle."""
 
 
 class PathUnavailable(UserError):  # noqa: N818  (a reason to report, as a rule)

@@ -279,36 +279,47 @@ class _Layout:
     def convolution(self, op: Op, conv: Convolution) -> None:
         """A convolution as a linear layer, a depthwise one, or a sum over taps."""
         x, y = self.read(op.inputs[0]), self.result(op.outputs[0])
+        _, per_group, *kernel = conv.weight.shape
+        if x.buffer.geometry.is_vector and y.buffer.geometry.is_vector:
+            self._linear(op, conv, x, y)
+        elif per_group == 1 and max(kernel) > 1 and y.channels % x.channels == 0:
+            self._depthwise(op, conv, x, y)
+        else:
+            self._taps(op, conv, x, y)
+
+    def _linear(self, op: Op, conv: Convolution, x: View, y: View) -> None:
+        """A convolution from one pixel to one: the tap that lands on it, if there is one; the others meet zeros."""
+        (_, per_group, *kernel), groups = conv.weight.shape, conv.groups
+        hits = [
+            [k for k in range(n) if k * d == p] for n, d, p in zip(kernel, conv.dilation, conv.padding, strict=True)
+        ]
+        weight = conv.weight[:, :, hits[0][0], hits[1][0]] if all(hits) else torch.zeros(y.channels, per_group)
+        self.add(
+            *("linear", op, x, y),
+            fields={"groups": groups},
+            arrays={
+                "weight": lambda: self._packed_linear(weight.numpy(), groups),
+                "bias": lambda: conv.bias.numpy(),
+            },
+            of=f"linear {groups} x {per_group} -> {y.channels // groups}",
+            macs=weight.numel(),
+        )
+
+    def _depthwise(self, op: Op, conv: Convolution, x: View, y: View) -> None:
+        """A convolution of each channel by itself, into one or more."""
+        kernel = conv.weight.shape[2:]
+        self.add(
+            *("depthwise", op, x, y),
+            fields={**_window(kernel, conv), "multiplier": y.channels // x.channels},
+            arrays={"weight": lambda: conv.weight.numpy(), "bias": lambda: conv.bias.numpy()},
+            of=f"depthwise {kernel[0]} x {kernel[1]}, stride {conv.stride[0]}",
+            macs=_macs(conv, y),
+        )
+
+    def _taps(self, op: Op, conv: Convolution, x: View, y: View) -> None:
+        """A convolution as a sum over taps, offsets into the planes of a group; with a stride, of planes in phases."""
         (_, per_group, *kernel), groups = conv.weight.shape, conv.groups
         source, target = x.buffer.geometry, y.buffer.geometry
-        macs = conv.weight[0].numel() * y.channels * target.height * target.width
-        name = f"{groups} x {per_group} -> {y.channels // groups}, {kernel[0]} x {kernel[1]}, stride {conv.stride[0]}"
-        if source.is_vector and target.is_vector:
-            # The tap that lands on the only pixel, if there is one; the others meet zeros.
-            hits = [
-                [k for k in range(n) if k * d == p] for n, d, p in zip(kernel, conv.dilation, conv.padding, strict=True)
-            ]
-            weight = conv.weight[:, :, hits[0][0], hits[1][0]] if all(hits) else torch.zeros(y.channels, per_group)
-            self.add(
-                *("linear", op, x, y),
-                fields={"groups": groups},
-                arrays={
-                    "weight": lambda: self._packed_linear(weight.numpy(), groups),
-                    "bias": lambda: conv.bias.numpy(),
-                },
-                of=f"linear {groups} x {per_group} -> {y.channels // groups}",
-                macs=weight.numel(),
-            )
-            return
-        if per_group == 1 and max(kernel) > 1 and y.channels % x.channels == 0:
-            self.add(
-                *("depthwise", op, x, y),
-                fields={**_window(kernel, conv), "multiplier": y.channels // x.channels},
-                arrays={"weight": lambda: conv.weight.numpy(), "bias": lambda: conv.bias.numpy()},
-                of=f"depthwise {kernel[0]} x {kernel[1]}, stride {conv.stride[0]}",
-                macs=macs,
-            )
-            return
         rows = [k * conv.dilation[0] - conv.padding[0] for k in range(kernel[0])]
         columns = [k * conv.dilation[1] - conv.padding[1] for k in range(kernel[1])]
         phases = [(0, 0)]
@@ -351,8 +362,8 @@ class _Layout:
                 "bias": lambda: conv.bias.numpy(),
                 "taps": offsets,
             },
-            of=name,
-            macs=macs,
+            of=f"{groups} x {per_group} -> {y.channels // groups}, {kernel[0]} x {kernel[1]}, stride {conv.stride[0]}",
+            macs=_macs(conv, y),
         )
 
     def _phases(self, x: View, y: View, stride: tuple[int, int], phases: list[tuple[int, int]]) -> None:
@@ -487,6 +498,10 @@ class _Layout:
 
 def _value(value: Any) -> Any:
     return value() if callable(value) else value
+
+
+def _macs(conv: Convolution, y: View) -> int:
+    return conv.weight[0].numel() * y.channels * y.buffer.geometry.height * y.buffer.geometry.width
 
 
 def _window(kernel: Sequence[int], of: Convolution | Pool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The training loop: one function, SGD, and a promise: a run that is killed and continued ends bit for bit the same.
+"""The training loop: one function and a promise: a run that is killed and continued ends bit for bit the same.
 
 Nothing random depends on what happened before. The order of the samples is a function of (seed, epoch), the augmentation
 of (seed, step), every other random number of (seed, step), the learning rate of the step. The position in the epoch is

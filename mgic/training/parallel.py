@@ -26,7 +26,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Share
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, exit_code
+from ..errors import rank as rank  # beside `world_size`
 
 T = TypeVar("T")
 
@@ -46,11 +47,6 @@ class Elsewhere(Stopped):
 def world_size() -> int:
     """How many processes torchrun has started for this run; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
-
-
-def rank() -> int:
-    """The number of this process among them."""
-    return int(os.environ["RANK"]) if distributed.is_torchelastic_launched() else 0
 
 
 def layout() -> tuple[int, int]:
@@ -256,13 +252,6 @@ ALONE = Processes()
 
 _CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
 """What errors of gloo and NCCL say, which have no class of their own."""
-
-
-def exit_code(error: Exception) -> int:
-    """The exit status of the command for an error."""
-    if isinstance(error, Stopped):
-        return error.exit_code
-    return 74 if isinstance(error, OSError) else 2
 
 
 def _end_with_parent() -> None:
