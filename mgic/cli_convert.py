@@ -96,7 +96,7 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     out.print(str(report))
     _print_budget(report, out.print)
     for fit in fits:
-        out.print(f"{fit.name:<32} {fit.fitted:7.1%} of its energy fitted, {fit.kept:7.1%} after reconstruction")
+        out.print(str(fit))
     if args.out is not None and not args.dry_run:
         out.print(f"written: {args.out} (conversion.json, model.safetensors, recipe.yaml, report.html)")
     return 0

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .counting import cost
-from .errors import Stopped, UserError, suggest
+from .errors import BROKEN, Stopped, UserError, suggest
 from .formats import FORMATS, Format, Job
-from .runtime.paths import BROKEN, PathUnavailable, Run, onnx_errors, reasons, relative_error
+from .runtime.paths import PathUnavailable, Run, onnx_errors, reasons, relative_error
 from .training.files import alive, read_json, sha256, told_when_full, write_json
 from .training.weights import room_for
 

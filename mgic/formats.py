@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import UserError
+from .errors import BROKEN, UserError
 from .runtime.paths import (
     BROKEN,
     onnx_errors,
@@ -302,7 +302,7 @@ def _torch_program(file: Path) -> torch.export.ExportedProgram:
     of what was looked at.
     """
     clean = io.BytesIO()
-    with reasons(str(file), (*BROKEN, OSError, EOFError, zipfile.BadZipFile)):
+    with reasons(str(file), (*OSError, EOFError, zipfile.BadZipFile)):
         with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copied:
             names = archive.namelist()
             if len(set(names)) < len(names):

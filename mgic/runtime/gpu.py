@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..errors import BROKEN
 from ..kernels import ACTIVATIONS, grouped_conv, level, packed, restriction_chain
 from .capture import EngineUnavailable, capture
 from .ops import Activation, Combine, Convolution, Op, Program, Step
-from .paths import BROKEN, Path, PathUnavailable, Run, eager, eager_channels_last, reasons
+from .paths import Path, PathUnavailable, Run, eager, eager_channels_last, reasons
 
 LONGEST_CHAIN = 3
 WIDEST_TREE = 256
