@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import BROKEN, UserError
 from .runtime.paths import (
-    BROKEN,
     onnx_errors,
     onnx_session,
     openvino_request,
