@@ -301,7 +301,7 @@ def _torch_program(file: Path) -> torch.export.ExportedProgram:
     of what was looked at.
     """
     clean = io.BytesIO()
-    with reasons(str(file), (*OSError, EOFError, zipfile.BadZipFile)):
+    with reasons(str(file), (*BROKEN, OSError, EOFError, zipfile.BadZipFile)):
         with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copied:
             names = archive.namelist()
             if len(set(names)) < len(names):
