@@ -31,7 +31,7 @@ def zero_scale(norm: Layer) -> Layer:
         norm: Makes the norm of a width, with a ``weight``.
 
     Examples:
-        >>> float(zero_scale(nn.BatchNorm2d)(8).weight.abs().max())
+        >>> float(zero_scale(nn.BatchNorm2d)(8).weight.detach().abs().max())
         0.0
     """
 

@@ -560,8 +560,8 @@ def test_a_network_is_exported_for_its_own_input_or_the_one_that_is_given(monkey
 
 
 def arguments(**given):
-    defaults = {"checkpoint": None, "input_size": None, "data": None, "root": Path("data"), "download": False}
-    return cli_export.Namespace(**(defaults | given))
+    defaults = {"checkpoint": None, "input_size": None, "root": Path("data"), "download": False}
+    return cli_export.Namespace(**(dict.fromkeys(("data", "data_args")) | defaults | given))
 
 
 def test_a_run_and_a_checkpoint_are_loaded_with_their_weights(tmp_path):
