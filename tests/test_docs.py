@@ -189,3 +189,15 @@ def test_what_a_block_needs_in_training_is_what_the_page_says():
     page = " ".join((ROOT / "docs/index.md").read_text().split())
     for found in ratios.values():
         assert f"{min(found):.2f} to {max(found):.2f} times" in page
+
+
+def test_the_table_of_solids_is_the_records():
+    names = [row[0] for row in table("docs/beyond.md", "solids")]
+    assert set(names) == {path.stem for path in (ROOT / "results/solids").glob("*.json")}
+    rows = []
+    for name in names:
+        metrics = record(f"solids/{name}.json")["metrics"]
+        right = metrics["test_accuracy"]
+        score = f"{right['mean']:.1f} ± {right['std']:.1f}"
+        rows.append([name, f"{metrics['params']['mean']:,.0f}", str(len(right["values"])), score])
+    assert table("docs/beyond.md", "solids") == rows
