@@ -180,7 +180,9 @@ def train_seeds(
     from .training import RunSummary, train
     from .training.distillation import note_sources
     from .training.folder import finished_run
+    from .training.memory import keep_freed_memory
 
+    keep_freed_memory()  # this process does nothing else
     runs = []
     for seed, folder in zip(seeds, folders, strict=True):
         one = replace(recipe, seed=seed)
