@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(keep: str) -> int:
-    """Pages that a process of its own gets from the system for two tensors of 48 MiB made and freed ten times, after 50 times in which the heap settles."""
+    """Pages the system gives a process for two tensors of 48 MiB made and freed ten times, once the heap has settled."""
     done = subprocess.run(
         [sys.executable, "-c", FAULTS.replace("KEEP", keep)], check=True, capture_output=True, text=True, env=plain()
     )
