@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: work that stopped, said in one line: a file that was rejected, a loss that is not finite, another process that
     ended. 2: a wrong call, said in one line. 74: no room or no permission to write. 130, 143: interrupted, saved.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     verb = next((word for word in given if not word.startswith("-")), None)
     warnings.showwarning = lambda message, *rest, **more: print(f"mgic: warning: {message}", file=sys.stderr)  # noqa: T201
     try:
@@ -376,6 +376,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_missing_extra(error), 2)
     except KeyboardInterrupt as signalled:
         return _fail("interrupted; no file was left half written", 143 if isinstance(signalled, _Terminated) else 130)
+
+
+def _underscored(word: str) -> str:
+    """A flag as it is declared, ``--batch_size``, of either spelling; fields of recipes have underscores, so all have."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    return f"--{flag.replace('-', '_')}{equals}{value}"
 
 
 class _Terminated(KeyboardInterrupt):

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .surgery import Report
     from .training import TrainedNetwork
 
-EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
+EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry_run
   mgic convert timm_or_own_name --target_macs 1e9 --out converted
-  mgic convert runs/dense --group_size 8 --coarsest 16 --blocks false --warm-start --root data --out converted
+  mgic convert runs/dense --group_size 8 --coarsest 16 --blocks false --warm_start --root data --out converted
   mgic train --recipe digits --config converted/recipe.yaml --init converted/model.safetensors --out runs/a
 
 A run of mgic train keeps its weights; a name starts with random ones unless --pretrained or --checkpoint is given.
---warm-start fits the new layers to the old ones on training images of the run's data, or of --data."""
+--warm_start fits the new layers to the old ones on training images of the run's data, or of --data."""
 
 
 def add_convert(parser: ArgumentParser) -> None:
@@ -47,13 +47,13 @@ def add_convert(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of --target_ms; 1 by default")
     parser.add_argument("--only", type=list[str], default=None, help="shell patterns of layers that may be replaced")
     parser.add_argument("--input_size", type=list[int], default=None, help="'[3, 224, 224]'; its own by default")
-    parser.add_argument("--warm-start", action="store_true", help="fit the new layers to the weights of the old")
-    add_other_data(parser, "of --warm-start")
-    parser.add_argument("--samples", type=int, default=None, help="training samples of --warm-start; 512 by default")
+    parser.add_argument("--warm_start", action="store_true", help="fit the new layers to the weights of the old")
+    add_other_data(parser, "of --warm_start")
+    parser.add_argument("--samples", type=int, default=None, help="training samples of --warm_start; 512 by default")
     parser.add_argument("--steps", type=int, default=None, help="steps of each layer's reconstruction; 100 by default")
     parser.add_argument("--out", type=Path, default=None, help="folder for the converted network and its report")
     parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
-    parser.add_argument("--dry-run", action="store_true", help="only report")
+    parser.add_argument("--dry_run", action="store_true", help="only report")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -65,7 +65,7 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     from .surgery import Conversion
 
     if args.out is None and not args.dry_run:
-        raise UserError("--out is missing: the folder of the converted network; or give --dry-run")
+        raise UserError("--out is missing: the folder of the converted network; or give --dry_run")
     if args.out is not None:
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out}: not empty; name a new folder")
@@ -106,7 +106,7 @@ def _defaults(args: Namespace) -> None:
     """Refuse flags that would do nothing, and fill in the others."""
     for flag in ("data", "data_args", "download", "samples", "steps"):
         if args[flag] not in (None, False) and not args.warm_start:
-            raise UserError(f"--{flag} belongs to --warm-start")
+            raise UserError(f"--{flag} belongs to --warm_start")
     if args.threads is not None and args.target_ms is None:
         raise UserError("--threads belongs to --target_ms")
     args.samples = 512 if args.samples is None else args.samples
@@ -176,7 +176,7 @@ def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tens
             model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {args.source}"
         )
     if args.warm_start and args.data is None:
-        raise UserError("--warm-start of a network given by name needs calibration data: --data")
+        raise UserError("--warm_start of a network given by name needs calibration data: --data")
     return model.eval(), args.source, arguments, _calibration(args, None)
 
 

@@ -23,10 +23,10 @@ DISTILL_WEIGHT = 0.5
 EXAMPLES = {
     "train": """  mgic train --recipe digits --model mgic_resnet20 --out runs/a      the same command continues a stopped run
   mgic train --recipe fashion_mnist --root data --download --seeds '[0, 1, 2]' --out runs/b --record results/b.json
-  mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print-config > mine.yaml
+  mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print_config > mine.yaml
   mgic train --config mine.yaml --out runs/c
   mgic train --recipe digits --teacher runs/dense --out runs/d           learn from a trained network
-  mgic train --recipe digits --init runs/other --new-head --out runs/e   start from its weights
+  mgic train --recipe digits --init runs/other --new_head --out runs/e   start from its weights
 
   mgic train --recipe digits --devices 2 --accelerator cpu --out runs/f  two processes share each batch
   torchrun --nproc-per-node 8 -m mgic train --recipe imagenet_mgic_resnet50 --data shards:imagenet --out runs/g
@@ -54,15 +54,15 @@ def add_train(parser: ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--teacher", type=Path, default=None, help="finished run whose network this one learns from")
     parser.add_argument("--init", type=Path, default=None, help="start from a finished run or a .safetensors file")
-    parser.add_argument("--new-head", action="store_true", help="with --init: start the classifier afresh")
+    parser.add_argument("--new_head", action="store_true", help="with --init: start the classifier afresh")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine, one a GPU")
-    parser.add_argument("--num-nodes", type=int, default=1, help="machines; docs/many-machines.md")
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines; docs/many-machines.md")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
-    parser.add_argument("--strict-resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
-    parser.add_argument("--json-summary", type=Path, default=None, help="write the result of the run(s) as JSON")
+    parser.add_argument("--strict_resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
+    parser.add_argument("--json_summary", type=Path, default=None, help="write the result of the run(s) as JSON")
     parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
-    parser.add_argument("--print-config", action="store_true", help="print the recipe as YAML and stop")
+    parser.add_argument("--print_config", action="store_true", help="print the recipe as YAML and stop")
     parser.add_class_arguments(Recipe)
 
 
@@ -132,7 +132,7 @@ def _load_sources(args: Namespace) -> dict[str, Any]:
     from .training import load_start
 
     if args.new_head and args.init is None:
-        raise UserError("--new-head belongs to --init")
+        raise UserError("--new_head belongs to --init")
     return {
         "teacher": None if args.teacher is None else load_trained(args.teacher),
         "init": None if args.init is None else load_start(args.init, args.new_head),
@@ -367,7 +367,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads; networks this small gain nothing from more"
     )
-    parser.add_argument("--json-summary", type=Path, default=None, help="write the table as JSON")
+    parser.add_argument("--json_summary", type=Path, default=None, help="write the table as JSON")
 
 
 def run_demo(args: Namespace, given: Sequence[str]) -> int:

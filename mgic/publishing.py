@@ -310,7 +310,7 @@ def _command(sources: Mapping[str, Any]) -> str:
     if "teacher" in sources:
         words.append("--teacher TEACHER_RUN")
     if "init" in sources:
-        words.append("--init START --new-head" if sources["init"]["new_head"] else "--init START")
+        words.append("--init START --new_head" if sources["init"]["new_head"] else "--init START")
     return " ".join(words)
 
 

@@ -401,7 +401,7 @@ def test_r13_a_classifier_of_another_number_of_classes_is_left_out_when_asked(tm
     save_weights(tmp_path / "w.safetensors", there)
     model = mgic.create_model("resnet20", depth=8, num_classes=10)
     with pytest.raises(
-        UserError, match=r"in the classifier alone \(--new-head starts it afresh\).*num_classes=7 would fit"
+        UserError, match=r"in the classifier alone \(--new_head starts it afresh\).*num_classes=7 would fit"
     ):
         start_from(model, load_start(tmp_path / "w.safetensors"))
     head = model.head.fc.weight.clone()

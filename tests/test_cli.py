@@ -77,7 +77,7 @@ def test_a_run_trains_is_summed_up_recorded_and_evaluated(call, tiny, tmp_path):
 
 def test_one_argument_of_the_network_leaves_the_others(call):
     """The recipe has coarsest=16; a dotted flag adds to it, a whole one replaces it."""
-    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print-config"]
+    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print_config"]
     dotted = yaml.safe_load(call(*words, "--model_args.group_size=4")[1])
     whole = yaml.safe_load(call(*words, "--model_args={group_size: 4}")[1])
     assert dotted["model_args"] == {"coarsest": 16, "group_size": 4}
@@ -152,7 +152,7 @@ def test_calibration_sees_data_as_the_network_of_the_run_does(tiny, tmp_path, na
             ["convert", "/home/me/run", "--json", "--checkpoint=/a/w.safetensors", "--record", "r", "--steps", "3"],
             "convert run --json --checkpoint=w.safetensors --steps 3",
         ),
-        (["demo", "--out", "--odd", "--json-summary", "s.json", "--epochs", "2"], "demo --epochs 2"),
+        (["demo", "--out", "--odd", "--json_summary", "s.json", "--epochs", "2"], "demo --epochs 2"),
     ],
 )
 def test_the_command_of_a_record_names_no_folder_of_this_machine(given, said):
@@ -207,7 +207,7 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "unknown verb": (["trian"], "did you mean train?"),
         "unknown flag": (["train", *small(tiny, new), "--colour=red"], "colour"),
         "no out": (["train", "--recipe", "digits"], "--out is missing"),
-        "an abbreviated flag": (["train", "--epoch=3", "--print-config"], "epoch"),
+        "an abbreviated flag": (["train", "--epoch=3", "--print_config"], "epoch"),
         "a value that breaks the network": (
             ["cost", "mgic_resnet20", "--model_args={drop_rate: 2}"],
             "cannot be built",
@@ -286,11 +286,11 @@ def test_r8_a_read_only_file_system_is_refused_before_training(call, tiny):
 def test_recipes_files_and_flags_each_win_over_the_one_before(call, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("epochs: 7\nlr: 5e-2\n")
-    status, out, _ = call("train", "--recipe=digits", f"--config={config}", "--lr=0.3", "--out=x", "--print-config")
+    status, out, _ = call("train", "--recipe=digits", f"--config={config}", "--lr=0.3", "--out=x", "--print_config")
     assert status == 0
     assert Recipe.from_yaml(out) == Recipe(**{**vars(RECIPES["digits"]), "epochs": 7, "lr": 0.3})
     config.write_text(out)
-    assert call("train", f"--config={config}", "--out=x", "--print-config")[1] == out
+    assert call("train", f"--config={config}", "--out=x", "--print_config")[1] == out
     assert yaml.safe_load(out)["batch_size"] == RECIPES["digits"].batch_size
 
 
@@ -338,7 +338,7 @@ def test_models_lists_every_network_with_a_description(call):
 
 
 def test_the_demo_shows_both_networks_and_leaves_curves_and_records(call, tmp_path):
-    words = ["--out", tmp_path, "--seeds=[0,1]", "--epochs=1", f"--json-summary={tmp_path / 's.json'}"]
+    words = ["--out", tmp_path, "--seeds=[0,1]", "--epochs=1", f"--json_summary={tmp_path / 's.json'}"]
     status, out, _ = call("demo", *words)
     assert status == 0
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
@@ -478,3 +478,19 @@ def test_help_needs_no_torch():
 def test_python_dash_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "mgic", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"mgic {mgic.__version__}\n"
+
+
+def test_flags_may_be_spelled_with_hyphens(call):
+    words = ("cost", "mgic_resnet20", "--json")
+    underscored = call(*words, "--model_args", "{group_size: 4}", "--input_size=[3, 64, 64]")
+    assert underscored[0] == 0
+    assert call(*words, "--model-args", "{group_size: 4}", "--input-size=[3, 64, 64]") == underscored
+    assert call("train", "--no-such-flag")[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_spells_flags_one_way(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    ours = capsys.readouterr().out.replace("torchrun --nproc-per-node", "")
+    assert not re.findall(r"--\w+-\w+", ours)

@@ -87,7 +87,7 @@ def test_what_is_no_converted_network_is_refused(folder, tmp_path):
 def test_convert_from_the_command_line_and_train_on(call, run_folder, tiny, tmp_path):  # noqa: F811
     """A run is converted, fitted to itself on its own data, and trained on from there."""
     out = tmp_path / "c"
-    flags = ["--group_size=2", "--coarsest=4", "--samples=16", "--steps=1", "--warm-start", "--json", f"--out={out}"]
+    flags = ["--group_size=2", "--coarsest=4", "--samples=16", "--steps=1", "--warm_start", "--json", f"--out={out}"]
     plain = tmp_path / "plain"
     words = [f"--data={tiny}", f"--out={plain}", "--model=resnet20", "--model_args={width: 0.5}", "--epochs=1"]
     assert call("train", *words, "--batch_size=16")[0] == 0
@@ -109,7 +109,7 @@ def test_convert_from_the_command_line_and_train_on(call, run_folder, tiny, tmp_
 
 def test_a_budget_and_a_dry_run_on_the_command_line(call, tmp_path):  # noqa: F811
     words = ["convert", "resnet20", "--model_args={width: 2}", "--target_macs=1e8"]
-    status, text, _ = call(*words, "--dry-run")
+    status, text, _ = call(*words, "--dry_run")
     assert status == 0
     assert "macs: before 1" in text
     assert "stage 32x32" in text
@@ -121,25 +121,25 @@ def test_a_budget_and_a_dry_run_on_the_command_line(call, tmp_path):  # noqa: F8
     ("words", "message"),
     [
         (["resnet20", *SMALL], "--out is missing"),
-        (["resnet2O", "--dry-run"], "there is no model 'resnet2O'; did you mean"),
-        (["resnet20", "--dry-run", "--group_size=0"], "group_size must be a positive integer, got 0"),
-        (["resnet20", "--dry-run", "--target_macs=1"], "target_macs=1 cannot be met"),
+        (["resnet2O", "--dry_run"], "there is no model 'resnet2O'; did you mean"),
+        (["resnet20", "--dry_run", "--group_size=0"], "group_size must be a positive integer, got 0"),
+        (["resnet20", "--dry_run", "--target_macs=1"], "target_macs=1 cannot be met"),
         (
-            ["resnet20", "--dry-run", "--target_macs=1e6", "--target_params=1e5"],
+            ["resnet20", "--dry_run", "--target_macs=1e6", "--target_params=1e5"],
             "give one of target_params, target_macs",
         ),
-        (["resnet20", "--warm-start", "--out=x"], "needs calibration data: --data"),
-        (["resnet20", "--data=digits", "--dry-run"], "--data belongs to --warm-start"),
-        (["resnet20", "--steps=5", "--dry-run"], "--steps belongs to --warm-start"),
-        (["resnet20", "--threads=2", "--dry-run"], "--threads belongs to --target_ms"),
+        (["resnet20", "--warm_start", "--out=x"], "needs calibration data: --data"),
+        (["resnet20", "--data=digits", "--dry_run"], "--data belongs to --warm_start"),
+        (["resnet20", "--steps=5", "--dry_run"], "--steps belongs to --warm_start"),
+        (["resnet20", "--threads=2", "--dry_run"], "--threads belongs to --target_ms"),
         (
-            ["resnet20", "--pretrained", "--checkpoint=a.safetensors", "--dry-run"],
+            ["resnet20", "--pretrained", "--checkpoint=a.safetensors", "--dry_run"],
             "give one of --pretrained and --checkpoint",
         ),
-        (["resnet20", "--checkpoint=a.safetensors", "--dry-run"], "neither a run folder nor a .safetensors file"),
-        (["vit_tiny_patch16_224", "--dry-run", "--input_size=[3, 99, 99]"], "does not run on inputs of (3, 99, 99)"),
-        (["resnet18", "--model_args={foo: 1}", "--dry-run"], "resnet18 cannot be built with {'foo': 1} (TypeError"),
-        (["torchvision:resnet18", "--model_args={in_chans: 1}", "--dry-run"], "take images of 3 channels"),
+        (["resnet20", "--checkpoint=a.safetensors", "--dry_run"], "neither a run folder nor a .safetensors file"),
+        (["vit_tiny_patch16_224", "--dry_run", "--input_size=[3, 99, 99]"], "does not run on inputs of (3, 99, 99)"),
+        (["resnet18", "--model_args={foo: 1}", "--dry_run"], "resnet18 cannot be built with {'foo': 1} (TypeError"),
+        (["torchvision:resnet18", "--model_args={in_chans: 1}", "--dry_run"], "take images of 3 channels"),
     ],
 )
 def test_wrong_calls_of_convert_are_one_line(call, words, message):  # noqa: F811

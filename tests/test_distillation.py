@@ -379,7 +379,7 @@ def test_a_start_that_does_not_fit_names_the_first_names_and_shapes(tmp_path, ru
             train(RECIPE, network, stripes(), tmp_path / "run", init=weights)
     save_weights(tmp_path / "ten.safetensors", Staged(classes=10))
     ten = load_start(tmp_path / "ten.safetensors")
-    alone = r"in the classifier alone \(--new-head starts it afresh\): fc.weight is \(10, 12\) there, \(3, 12\) here"
+    alone = r"in the classifier alone \(--new_head starts it afresh\): fc.weight is \(10, 12\) there, \(3, 12\) here"
     with pytest.raises(UserError, match=alone):
         train(RECIPE, Staged, stripes(), tmp_path / "run", init=ten)
     assert not (tmp_path / "run").exists()
@@ -456,9 +456,9 @@ def test_the_command_line_distils_and_the_record_says_from_whom(pixels, tmp_path
         (words(two, tmp_path / "d", "--teacher", str(tmp_path)), "not a run folder"),
         (words(pixels / "three.npz", tmp_path / "d", "--teacher", str(dense)), "knows 2 classes"),
         (words(two, tmp_path / "a", *other), "its run has another teacher (sha256"),
-        (words(two, tmp_path / "d", "--new-head"), "--new-head belongs to --init"),
+        (words(two, tmp_path / "d", "--new_head"), "--new_head belongs to --init"),
         (words(two, tmp_path / "d", "--init", str(dense)), "(of resnet20) do not fit the network"),
-        (three, "in the classifier alone (--new-head starts it afresh): head.fc.weight is (2, 64) there, (3, 64) here"),
+        (three, "in the classifier alone (--new_head starts it afresh): head.fc.weight is (2, 64) there, (3, 64) here"),
     ):
         capsys.readouterr()
         assert main(call) == 2
@@ -466,4 +466,4 @@ def test_the_command_line_distils_and_the_record_says_from_whom(pixels, tmp_path
         assert said in err
         assert err.count("\n") == 1
     assert not (tmp_path / "d").exists()
-    assert main([*three, "--new-head"]) == 0
+    assert main([*three, "--new_head"]) == 0

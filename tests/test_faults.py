@@ -786,7 +786,7 @@ def test_r28_clock_locale_paths_and_missing_folders_have_no_effect(tmp_path, tri
         summary = out.with_name("y" * 250 + ".json")
         command = [sys.executable, *(["-c", code] if code else ["-m", "mgic"]), *words]
         done = subprocess.run(
-            [*command, f"--out={out}", f"--json-summary={summary}"],
+            [*command, f"--out={out}", f"--json_summary={summary}"],
             env=plain | changes, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (name, done.stderr)

@@ -538,6 +538,6 @@ def test_a_wrong_call_with_several_processes_is_one_line(tmp_path, capsys, monke
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NODE_RANK", "0")
-    assert main([*words, "--devices", "2", "--num-nodes", "2"]) == 2
-    assert "--num-nodes 2 needs MASTER_ADDR, MASTER_PORT in the environment" in capsys.readouterr().err
+    assert main([*words, "--devices", "2", "--num_nodes", "2"]) == 2
+    assert "--num_nodes 2 needs MASTER_ADDR, MASTER_PORT in the environment" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -385,7 +385,7 @@ def test_a_network_trains_on_solids_from_the_command_line_and_resumes_bit_for_bi
     common += ["--batch_size", "4", "--optimizer", "adam", "--lr", "0.01", "--epochs", "2"]
     for name in ("a", "b"):
         summary = tmp_path / f"{name}.json"
-        assert main([*common, "--out", str(tmp_path / name), "--json-summary", str(summary)]) == 0, (
+        assert main([*common, "--out", str(tmp_path / name), "--json_summary", str(summary)]) == 0, (
             capsys.readouterr().err
         )
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]

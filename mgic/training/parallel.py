@@ -84,12 +84,12 @@ def must_launch(devices: int, nodes: int) -> bool:
         UserError: The numbers are none, or not those of the torchrun that has started this process.
     """
     if devices < 1 or nodes < 1:
-        raise UserError(f"--devices and --num-nodes must be at least 1, got {devices} and {nodes}")
+        raise UserError(f"--devices and --num_nodes must be at least 1, got {devices} and {nodes}")
     if not distributed.is_torchelastic_launched():
         return devices * nodes > 1
     if (devices, nodes) not in ((1, 1), layout()):
         there = "{} processes on {} machines".format(*layout())
-        raise UserError(f"torchrun has started {there}, but --devices is {devices} and --num-nodes {nodes}")
+        raise UserError(f"torchrun has started {there}, but --devices is {devices} and --num_nodes {nodes}")
     return False
 
 
@@ -117,7 +117,7 @@ def launch(devices: int, nodes: int, words: Sequence[str]) -> int:
         names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
         absent = [name for name in names if name not in os.environ]
         if absent:
-            raise UserError(f"--num-nodes {nodes} needs {', '.join(absent)} in the environment of each machine")
+            raise UserError(f"--num_nodes {nodes} needs {', '.join(absent)} in the environment of each machine")
         address, port, node = (os.environ[name] for name in names)
         place = [f"--nnodes={nodes}", f"--master-addr={address}", f"--master-port={port}", f"--node-rank={node}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // devices, 1)))

@@ -98,7 +98,7 @@ def without_folder(name: str) -> str:
     return kind + colon + Path(place).name
 
 
-_WRITTEN = ("--root", "--out", "--record", "--results", "--json-summary", "--csv", "--plot")
+_WRITTEN = ("--root", "--out", "--record", "--results", "--json_summary", "--csv", "--plot")
 _READ = ("--data", "--config", "--teacher", "--init", "--checkpoint")
 
 

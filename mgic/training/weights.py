@@ -270,7 +270,7 @@ def start_from(model: nn.Module, start: Start) -> None:
     complaint = f"{start.place}: its weights{f' (of {there})' if there else ''} do not fit the network"
     others = own.keys() - head
     if head and weights.keys() - head == others and all(weights[name].shape == own[name].shape for name in others):
-        complaint += " in the classifier alone (--new-head starts it afresh)"
+        complaint += " in the classifier alone (--new_head starts it afresh)"
     fit_weights(model, weights, complaint)
 
 
