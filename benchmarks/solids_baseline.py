@@ -1,6 +1,6 @@
 """What gross shape alone tells of the generated solids: logistic regression on extents and moments, one record.
 
-    python benchmarks/solids_baseline.py --root data --record results/solids-extents_and_moments.json
+    python benchmarks/solids_baseline.py --root data --record results/solids/extents_and_moments.json
 
 All 2,048 points of each cloud are used: the networks see a part of them.
 """

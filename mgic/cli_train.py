@@ -23,7 +23,7 @@ DISTILL_WEIGHT = 0.5
 EXAMPLES = {
     "train": """  mgic train --recipe digits --model mgic_resnet20 --out runs/a      the same command continues a stopped run
   mgic train --recipe fashion_mnist --root data --download --seeds '[0, 1, 2]' --out runs/b --record results/b.json
-  mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print_config > mine.yaml
+  mgic train --recipe cifar10_mgic --model_args.group_size=16 --epochs 10 --print_recipe > mine.yaml
   mgic train --config mine.yaml --out runs/c
   mgic train --recipe digits --teacher runs/dense --out runs/d           learn from a trained network
   mgic train --recipe digits --init runs/other --new_head --out runs/e   start from its weights
@@ -62,7 +62,7 @@ def add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--strict_resume", action="store_true", help="stop at a corrupt checkpoint, do not fall back")
     parser.add_argument("--json_summary", type=Path, default=None, help="write the result of the run(s) as JSON")
     parser.add_argument("--record", type=Path, default=None, help="write a record of results (JSON)")
-    parser.add_argument("--print_config", action="store_true", help="print the recipe as YAML and stop")
+    parser.add_argument("--print_recipe", action="store_true", help="print the recipe as YAML and stop")
     parser.add_class_arguments(Recipe)
 
 
@@ -93,7 +93,7 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
 def run_train(args: Namespace, given: Sequence[str]) -> int:
     """Run ``train``."""
     recipe = _recipe_from(args, given)
-    if args.print_config:
+    if args.print_recipe:
         print(recipe.to_yaml(), end="")  # noqa: T201
         return 0
     if args.out is None:

@@ -77,7 +77,7 @@ def test_a_run_trains_is_summed_up_recorded_and_evaluated(call, tiny, tmp_path):
 
 def test_one_argument_of_the_network_leaves_the_others(call):
     """The recipe has coarsest=16; a dotted flag adds to it, a whole one replaces it."""
-    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print_config"]
+    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print_recipe"]
     dotted = yaml.safe_load(call(*words, "--model_args.group_size=4")[1])
     whole = yaml.safe_load(call(*words, "--model_args={group_size: 4}")[1])
     assert dotted["model_args"] == {"coarsest": 16, "group_size": 4}
@@ -207,7 +207,7 @@ def wrong_calls(tiny, run_folder, tmp_path):
         "unknown verb": (["trian"], "did you mean train?"),
         "unknown flag": (["train", *small(tiny, new), "--colour=red"], "colour"),
         "no out": (["train", "--recipe", "digits"], "--out is missing"),
-        "an abbreviated flag": (["train", "--epoch=3", "--print_config"], "epoch"),
+        "an abbreviated flag": (["train", "--epoch=3", "--print_recipe"], "epoch"),
         "a value that breaks the network": (
             ["cost", "mgic_resnet20", "--model_args={drop_rate: 2}"],
             "cannot be built",
@@ -286,11 +286,11 @@ def test_r8_a_read_only_file_system_is_refused_before_training(call, tiny):
 def test_recipes_files_and_flags_each_win_over_the_one_before(call, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("epochs: 7\nlr: 5e-2\n")
-    status, out, _ = call("train", "--recipe=digits", f"--config={config}", "--lr=0.3", "--out=x", "--print_config")
+    status, out, _ = call("train", "--recipe=digits", f"--config={config}", "--lr=0.3", "--out=x", "--print_recipe")
     assert status == 0
     assert Recipe.from_yaml(out) == Recipe(**{**vars(RECIPES["digits"]), "epochs": 7, "lr": 0.3})
     config.write_text(out)
-    assert call("train", f"--config={config}", "--out=x", "--print_config")[1] == out
+    assert call("train", f"--config={config}", "--out=x", "--print_recipe")[1] == out
     assert yaml.safe_load(out)["batch_size"] == RECIPES["digits"].batch_size
 
 
