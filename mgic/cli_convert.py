@@ -60,8 +60,8 @@ def add_convert(parser: ArgumentParser) -> None:
 def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
     from .conversion import convert
+    from .conversion_folder import Converted, save_converted
     from .conversion_report import conversion_table
-    from .converted import Converted, save_converted
     from .surgery import Conversion
 
     if args.out is None and not args.dry_run:

@@ -488,10 +488,10 @@ def test_r27_an_interrupted_export_leaves_nothing_new_and_nothing_half_written(t
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_r27_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, signum, trials):
-    from mgic import converted
+    from mgic import conversion_folder
     from mgic.cli import main
 
-    monkeypatch.setattr(converted, "write_text", lambda path, text: signal.raise_signal(signum))
+    monkeypatch.setattr(conversion_folder, "write_text", lambda path, text: signal.raise_signal(signum))
     for k in range(10 if trials.full else 1):
         words = ["convert", "resnet20", "--model_args={width: 0.25}", "--group_size=2", "--coarsest=4"]
         assert main([*words, f"--out={tmp_path / str(k)}"]) == 128 + signum

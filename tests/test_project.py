@@ -27,7 +27,7 @@ ORDER = [  # left to right; a file imports from the left of its own place only
     {"experiments"},
     {"svg", "reporting", "conversion_report"},
     {"formats"},
-    {"prediction", "converted", "exporting"},
+    {"prediction", "conversion_folder", "exporting"},
     {"publishing"},
     {"benchmarking", "page"},
     {"plots"},
