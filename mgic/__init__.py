@@ -45,7 +45,7 @@ _HOMES = {
     "create_model": "models",
     "list_models": "models",
     "Conversion": "surgery",
-    "Report": "surgery",
+    "ConversionReport": "surgery",
     "convert": "conversion",
     "convert_": "conversion",
     "rebuild_": "surgery",
@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     from .smoothing import SmoothingInChannels as SmoothingInChannels
     from .smoothing import SmoothingStep as SmoothingStep
     from .surgery import Conversion as Conversion
-    from .surgery import Report as Report
+    from .surgery import ConversionReport as ConversionReport
     from .surgery import rebuild_ as rebuild_
     from .transfer import Prolongation as Prolongation
     from .transfer import Restriction as Restriction

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .fitting import Fit
-    from .surgery import Report
+    from .surgery import ConversionReport
     from .training import TrainedNetwork
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
@@ -115,7 +115,7 @@ def _defaults(args: Namespace) -> None:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
 
 
-def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
+def _write_record(path: Path, report: "ConversionReport", fits: "list[Fit]", given: Sequence[str]) -> None:
     from .training.records import command_of, make_record, write_record
 
     pairs = {"before": report.before, "after": report.after}
@@ -137,7 +137,7 @@ def _where(patterns: list[str] | None) -> Any:
     return lambda name, module: any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _print_budget(report: "Report", say: Any) -> None:
+def _print_budget(report: "ConversionReport", say: Any) -> None:
     budget = report.budget
     if not budget:
         return

@@ -3,7 +3,7 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from .surgery import Report, Row
+from .surgery import ConversionReport, LayerReport
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,11 +36,11 @@ td.bars {{ min-width: 8rem; width: 25%; }} td.why {{ min-width: 14rem; }}
 """
 
 
-def conversion_page(report: Report) -> str:
+def conversion_page(report: ConversionReport) -> str:
     """Return the report of a conversion as one HTML page that needs nothing else: a bar for every layer, before and after."""
     most = max((row.macs for row in report.rows), default=0) or 1
 
-    def line(row: Row) -> str:
+    def line(row: LayerReport) -> str:
         def cell(before: int, after: int) -> str:
             return f"{before:,}" + (f"<br>{after:,}" if row.replaced else "")
 
@@ -71,7 +71,7 @@ def conversion_page(report: Report) -> str:
     )
 
 
-def conversion_table(report: Report) -> "Table":
+def conversion_table(report: ConversionReport) -> "Table":
     """Return the layers of a converted network for the terminal."""
     from rich.table import Table
 

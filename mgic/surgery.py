@@ -82,7 +82,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerReport:
     """What became of one layer, or of one block with all that is in it.
 
     Args:
@@ -127,7 +127,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """Every layer of a converted network, and what it cost before and after.
 
     Args:
@@ -140,7 +140,7 @@ class Report:
     """
 
     model: str
-    rows: tuple[Row, ...]
+    rows: tuple[LayerReport, ...]
     before: Cost
     after: Cost
     notes: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ class Report:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "conversion") -> "Report":
+    def from_json(cls, text: str, source: str = "conversion") -> "ConversionReport":
         """Read what `to_json` wrote.
 
         Raises:
@@ -176,7 +176,7 @@ class Report:
             if values.get("schema") != SCHEMA:
                 raise UserError(f"{source}: conversion of schema {values.get('schema')!r}; this mgic reads {SCHEMA}")
             rows = tuple(
-                Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})  # type: ignore[arg-type]
+                LayerReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})  # type: ignore[arg-type]
                 for row in values["rows"]
             )
             before, after = (
@@ -196,7 +196,7 @@ _MAKERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
 
 
 def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Replace exactly the layers of a report (`Report.layers`) in a network built anew, and return it.
+    """Replace exactly the layers of a report (`ConversionReport.layers`) in a network built anew, and return it.
 
     Raises:
         UserError: The network has no such layer, or it cannot be replaced as the report says.
@@ -248,7 +248,7 @@ def _frozen_like(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
+def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[LayerReport]:
     """Return the rows of a conversion that nobody has run: `apply_` knows of layers that cannot be replaced after all."""
     planner = _Planner(survey, choose, where)
     planner.visit_all()
@@ -262,7 +262,7 @@ def apply_(
     optimizer: torch.optim.Optimizer | None = None,
     input_size: Sequence[int] | None = None,
     dry_run: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Convert with settings that may differ from layer to layer; arguments else as of `mgic.convert_`.
 
     Args:
@@ -287,7 +287,7 @@ def apply_(
             if row.replaced:
                 _put(model, row.name, made(row.setting, modules[row.name]))
     name = name_of(model)
-    return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
+    return ConversionReport(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
 
 
 def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.optim.Optimizer) -> None:
@@ -317,10 +317,10 @@ class _Planner:
         self.tied = {name for name, module in originals.items() if module in tied}
         self.heads = heads(survey)
         self.broken: dict[str, str] = {}
-        self.rows: list[Row] = []
+        self.rows: list[LayerReport] = []
         self.new: dict[str, nn.Module] = {}
 
-    def finish(self) -> tuple[list[Row], Cost]:
+    def finish(self) -> tuple[list[LayerReport], Cost]:
         """Return the rows, and the cost of the converted network."""
         while True:
             self.visit_all()
@@ -521,7 +521,7 @@ class _Planner:
         levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
         self.new[name] = new
         self.rows.append(
-            Row(
+            LayerReport(
                 name=name,
                 kind=type(module).__name__,
                 action=action,
@@ -547,7 +547,9 @@ class _Planner:
                 self.survey.macs.get(f"{name}.{child}" if name else child, 0) for child, _ in module.named_children()
             )
         kind = type(module).__name__
-        self.rows.append(Row(name, kind, "kept", reason, params=own, macs=macs, params_after=own, macs_after=macs))
+        self.rows.append(
+            LayerReport(name, kind, "kept", reason, params=own, macs=macs, params_after=own, macs_after=macs)
+        )
 
 
 def _merger(module: nn.Module) -> str | None:
@@ -573,12 +575,12 @@ def _inside(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def _notes(rows: Sequence[Row], survey: Survey) -> list[str]:
+def _notes(rows: Sequence[LayerReport], survey: Survey) -> list[str]:
     """Say what the converted network keeps that the papers' networks have not."""
     total = max(survey.cost.macs, 1)
     modules = dict(survey.meta.named_modules())
     notes = []
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[LayerReport]] = {}
     for row in rows:
         conv: Any = modules[row.name]
         if row.replaced or not isinstance(conv, nn.Conv2d) or conv.groups > 1 or not row.macs:

@@ -11,14 +11,14 @@ from ..errors import UserError, suggest
 from .figures import FIGURES, Panel, build_figure
 from .layers import layer_rows
 from .networks import row_counts, row_network
-from .printed import SUFFIX, Row, as_number, as_text, papers, plain, row_remarks, row_source, table_ids
+from .printed import SUFFIX, Values, as_number, as_text, papers, plain, row_remarks, row_source, table_ids
 from .readings import row_readings
 from .records import matching_records, row_accuracy
 
 __all__ = ["FIGURES", "Panel", "build_figure", "build_table", "matching_records", "papers", "table_ids"]
 
 
-def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
+def build_table(table_id: str, records: Sequence[Values] = ()) -> dict[str, Any]:
     """Return a table of the papers with our counts and accuracies, as plain values.
 
     Args:
@@ -62,7 +62,7 @@ def build_table(table_id: str, records: Sequence[Row] = ()) -> dict[str, Any]:
     }
 
 
-def results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) -> dict[str, Any]:
+def results_row(table_id: str, table: Values, row: Values, records: Sequence[Values]) -> dict[str, Any]:
     """Return one row of a table of results, as `build_table` has it."""
     units, size = table["units"], table["input_size"]
     name, overrides, network = row_network(table_id, row)
@@ -90,7 +90,7 @@ def results_row(table_id: str, table: Row, row: Row, records: Sequence[Row]) -> 
     }
 
 
-def _deviation(counts: Mapping[str, int | None], printed: Row) -> dict[str, float]:
+def _deviation(counts: Mapping[str, int | None], printed: Values) -> dict[str, float]:
     """Return, in per cent, how far counts are from print; the paper's own bookkeeping is held against its params."""
     said = {**printed, "paper_weights": printed.get("params")}
     return {key: round(100 * (n / said[key] - 1), 2) for key, n in counts.items() if n and said.get(key)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from .networks import row_counts, row_network
-from .printed import Row, as_number, papers
+from .printed import Values, as_number, papers
 from .records import row_accuracy
 
 Series = dict[str, list[tuple[float, float]]]
@@ -26,7 +26,7 @@ class Panel:
     logy: bool = False
 
 
-def _errors(figure_id: str, records: Sequence[Row], printed: Series, title: str) -> list[Panel]:
+def _errors(figure_id: str, records: Sequence[Values], printed: Series, title: str) -> list[Panel]:
     """Draw squared errors over parameters; these exist as records only, which say which figure they are for."""
     measured: Series = {}
     for record in records:
@@ -42,17 +42,17 @@ def _errors(figure_id: str, records: Sequence[Row], printed: Series, title: str)
     return [Panel(printed, {name: sorted(points) for name, points in measured.items()}, title, **labels)]
 
 
-def _figure_3(records: Sequence[Row]) -> list[Panel]:
+def _figure_3(records: Sequence[Values]) -> list[Panel]:
     printed = [(float(row["params"]), float(row["mse"])) for row in papers()["tables"]["mgic-1"]["rows"]]
     title = "encoding 64 feature maps in 8 channels and back"
     return _errors("mgic-3", records, {"Table 1": sorted(printed)}, title)
 
 
-def _figure_4(records: Sequence[Row]) -> list[Panel]:
+def _figure_4(records: Sequence[Values]) -> list[Panel]:
     return _errors("mgic-4", records, {}, "approximation of functions")
 
 
-def _family(row: Row) -> str:
+def _family(row: Values) -> str:
     """Return the name a row is drawn under: its label without width, group size and so on."""
     name, overrides = row.get("model", ""), row.get("overrides", {})
     if name.startswith("mgiad"):
@@ -65,7 +65,7 @@ def _family(row: Row) -> str:
     return re.sub(r" (\d[\d.]*x|\([^)]*\))|, best .*", "", row["row"])
 
 
-def _accuracies(ids: Sequence[str], x: str, records: Sequence[Row], **labels: Any) -> Panel:
+def _accuracies(ids: Sequence[str], x: str, records: Sequence[Values], **labels: Any) -> Panel:
     """Draw accuracy over a column: the printed points, and those of our records at our own counts."""
     panel = Panel({}, {}, **labels)
     for table_id in ids:
@@ -85,7 +85,7 @@ def _accuracies(ids: Sequence[str], x: str, records: Sequence[Row], **labels: An
     return panel
 
 
-def _figure_5(records: Sequence[Row]) -> list[Panel]:
+def _figure_5(records: Sequence[Values]) -> list[Panel]:
     labels: dict[str, Any] = {"xlabel": "multiply-adds", "ylabel": "top-1 accuracy on ImageNet [%]", "logx": True}
     return [
         _accuracies(["mgic-7"], "macs", records, title="light networks (Table 7)", **labels),
@@ -93,20 +93,20 @@ def _figure_5(records: Sequence[Row]) -> list[Panel]:
     ]
 
 
-def _figure_6(records: Sequence[Row]) -> list[Panel]:
+def _figure_6(records: Sequence[Values]) -> list[Panel]:
     labels: dict[str, Any] = {"xlabel": "epochs", "ylabel": "top-1 accuracy on ImageNet [%]"}
     return [
         _accuracies(["mgic-6"], "epochs", records, title="best within so many epochs, as the caption says", **labels)
     ]
 
 
-def _figure_7(records: Sequence[Row]) -> list[Panel]:
+def _figure_7(records: Sequence[Values]) -> list[Panel]:
     ids = ["mgiad-1", "mgiad-2", "mgiad-6", "mgiad-7", "mgic-12"]
     labels: dict[str, Any] = {"xlabel": "weights", "ylabel": "test accuracy on CIFAR-10 [%]", "logx": True}
     return [_accuracies(ids, "params", records, title="Tables I, II, VI, VII; MGIC: its Table 12", **labels)]
 
 
-FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], list[Panel]]]] = {
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Values]], list[Panel]]]] = {
     "mgic-3": ("MGIC, Figure 3: error of the transfers alone", _figure_3),
     "mgic-4": ("MGIC, Figure 4: error of function approximation", _figure_4),
     "mgic-5": ("MGIC, Figure 5: accuracy and multiply-adds", _figure_5),
@@ -116,7 +116,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], list[Panel]]]] = {
 """Title, and what gathers the points, of the papers' plots."""
 
 
-def build_figure(figure_id: str, records: Sequence[Row] = ()) -> tuple[str, list[Panel]]:
+def build_figure(figure_id: str, records: Sequence[Values] = ()) -> tuple[str, list[Panel]]:
     """Return the title and the panels of a plot of the papers: printed points, and those of our records.
 
     Args:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..cycle import MGICBlock
 from ..models.points import GraphStage
 from .networks import named_network
-from .printed import Row, row_remarks, row_source
+from .printed import Values, row_remarks, row_source
 
 LAYER_COLUMNS = ("input", "layer", "kernels", "repetitions", "c_in", "exp", "expansion", "c_out", "se", "pool")
 
 
-def layer_rows(table: Row) -> list[dict[str, Any]]:
+def layer_rows(table: Values) -> list[dict[str, Any]]:
     """Return the printed layers, each with the built one that takes and gives the same, then built ones left over."""
     name, rows, symbols = table.get("model"), table["rows"], table.get("symbols", {})
     built: list[dict[str, Any]] = []
@@ -40,11 +40,11 @@ def layer_rows(table: Row) -> list[dict[str, Any]]:
     return result + [{"row": "(not printed)", "printed": {}, "built": layer, "differs": [], **none} for layer in built]
 
 
-def _fits(printed: Row, built: Row) -> bool:
+def _fits(printed: Values, built: Values) -> bool:
     return all(printed[key] == built[key] for key in ("input", "c_in", "c_out") if key in printed)
 
 
-def _value(cell: Any, symbols: Row) -> Any:
+def _value(cell: Any, symbols: Values) -> Any:
     """Return a printed cell with its symbols at the values they have in the network that is built."""
     if not isinstance(cell, str):
         return cell

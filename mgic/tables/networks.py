@@ -15,7 +15,7 @@ from ..models import create_model
 from ..models.mgnet import MgNet, paper_weights
 from ..representation import transfers_alone
 from ..transfer import SparsePointwise
-from .printed import Row
+from .printed import Values
 
 
 class Network(NamedTuple):
@@ -31,7 +31,7 @@ class Network(NamedTuple):
             return self.make(**{name: _given(value) for name, value in self.arguments})
 
 
-def named_network(name: str, overrides: Row, library: str = "mgic") -> Network:
+def named_network(name: str, overrides: Values, library: str = "mgic") -> Network:
     """Return what builds a network of a library, with these arguments."""
     return Network(_maker(library, name), tuple((key, _hashable(value)) for key, value in overrides.items()))
 
@@ -52,7 +52,7 @@ def _given(value: Any) -> Any:
     return {key: _given(inner) for key, inner in value} if isinstance(value, frozenset) else value
 
 
-def row_network(table_id: str, row: Row) -> tuple[str | None, dict[str, Any], Network | None]:
+def row_network(table_id: str, row: Values) -> tuple[str | None, dict[str, Any], Network | None]:
     """Return a row's model, its overrides and what builds it: None where the row names no network."""
     if "settings" in row:
         return UNNAMED[table_id](row)
@@ -60,11 +60,11 @@ def row_network(table_id: str, row: Row) -> tuple[str | None, dict[str, Any], Ne
     return name, overrides, None if name is None else named_network(name, overrides, library)
 
 
-def _transfers(row: Row) -> tuple[str | None, dict[str, Any], Network]:
+def _transfers(row: Values) -> tuple[str | None, dict[str, Any], Network]:
     return None, {}, Network(transfers_alone, tuple(row["settings"].items()))
 
 
-def _dense_2020(row: Row) -> tuple[str | None, dict[str, Any], Network]:
+def _dense_2020(row: Values) -> tuple[str | None, dict[str, Any], Network]:
     classes = int(row["dataset"].removeprefix("CIFAR-"))
     overrides = {**row["settings"], "multigrid": False, "num_classes": classes}
     return "mg_resnet_cifar", overrides, named_network("mg_resnet_cifar", overrides)

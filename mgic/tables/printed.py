@@ -7,7 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-Row = Mapping[str, Any]
+Values = Mapping[str, Any]
+"""What is stated by name: a row, the table it is in, the arguments of a network, a record."""
 
 
 @cache
@@ -46,13 +47,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def row_source(table: Row, row: Row) -> str:
+def row_source(table: Values, row: Values) -> str:
     """Return where a row is printed."""
     place = row.get("place", f"{table.get('table', table.get('figure'))}, section {table['section']}")
     return f"{table['paper']}, {place}"
 
 
-def row_remarks(row: Row, units: Row) -> dict[str, Any]:
+def row_remarks(row: Values, units: Values) -> dict[str, Any]:
     """Return what is said about a row: that it is misprinted, what it should be, what else is printed for it."""
     should_be = {
         key: as_number(value, units.get(key, "1")) for key, value in row.get("should_be", {}).items() if key in units

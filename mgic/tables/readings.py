@@ -17,10 +17,10 @@ from ..models.mg2020 import MG2020
 from ..models.mobilenetv3 import round_width
 from ..models.resnet import MGIC_RESNET
 from .networks import Network, named_network
-from .printed import Row
+from .printed import Values
 
 
-def row_readings(name: str | None, overrides: Row, row: Row) -> Iterator[tuple[str, Network]]:
+def row_readings(name: str | None, overrides: Values, row: Values) -> Iterator[tuple[str, Network]]:
     """Yield what else a row can mean: what that reading is called, and its network."""
     for label, more in READINGS.get(str(name), ()):
         yield label, named_network(str(name), {**overrides, **more(overrides.get("group_size"))})

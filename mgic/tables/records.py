@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from .networks import named_network
-from .printed import Row
+from .printed import Values
 
 
-def matching_records(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> Iterator[Row]:
+def matching_records(name: str | None, overrides: Values, dataset: str, records: Sequence[Values]) -> Iterator[Values]:
     """Yield the records of a row's network on all of a row's data; arguments that are left out are their defaults."""
     for record in records:
         recipe = record.get("recipe")  # only a training has one
@@ -26,7 +26,7 @@ def matching_records(name: str | None, overrides: Row, dataset: str, records: Se
             yield record
 
 
-def row_accuracy(name: str | None, overrides: Row, dataset: str, records: Sequence[Row]) -> dict[str, Any] | None:
+def row_accuracy(name: str | None, overrides: Values, dataset: str, records: Sequence[Values]) -> dict[str, Any] | None:
     """Return what the longest training of a row's network reached: accuracy, or mean IoU."""
     found = list(matching_records(name, overrides, dataset, records))
     if not found:
