@@ -201,7 +201,6 @@ def training_step(model: nn.Module, example_input: Tensor, threads: int) -> Run:
 
 
 TRAINING = "training"
-
 WAYS = {**PATHS, TRAINING: training_step}
 """What can be timed: every path of inference, and a training step."""
 

@@ -30,13 +30,10 @@ from .cases import Case
 
 TOLERANCE = 1e-4
 """Largest relative difference from eager PyTorch of a path that counts."""
-
 PAUSE = 0.05
 """Seconds between two processes: what it takes idle threads of a runtime to stop spinning."""
-
 QUIET = 1.2
 """Times the shortest time of the reference computation, up to which a process counts as undisturbed."""
-
 TRIES = 4
 """How often a process is asked in a round until it is undisturbed; after that its least disturbed answer counts."""
 

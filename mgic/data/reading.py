@@ -139,7 +139,6 @@ def in_order(length: int, batch_size: int) -> list[list[int]]:
 
 _Trouble = tuple[int, str, bool]
 """Index of a sample, why it cannot be read, and whether it may be skipped."""
-
 _Pair = tuple[Tensor, Tensor]
 
 

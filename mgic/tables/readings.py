@@ -53,7 +53,6 @@ Reading = tuple[str, Callable[[Any], dict[str, Any]]]
 """What it is called, and ``s_g -> overrides``; dense networks have no ``s_g``."""
 
 _NO_COARSENING: Reading = ("text: no coarsening of blocks that are no wider than s_c", lambda s_g: {"scheme": Scheme()})
-
 _POOL_FIRST: Reading = (
     "the same function for less: the mean before the gate's convolution",
     lambda s_g: {"pool_first": True},
@@ -87,7 +86,6 @@ _FITTED_SEGMENTATION: Reading = (
     "fitted to print: Algorithm 1's levels, other groups, larger attention on the finest level alone",
     lambda s_g: {"scheme": Scheme(plan=_any_two_groups), "attention": _finest_attention},
 )
-
 READINGS: dict[str, tuple[Reading, ...]] = {
     "mgic_resnet50": (
         (
