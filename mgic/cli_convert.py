@@ -14,8 +14,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .conversion_report import ConversionReport
     from .fitting import Fit
-    from .surgery import ConversionReport
     from .training import TrainedNetwork
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry-run
@@ -61,8 +61,8 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
     from .conversion import convert
     from .conversion_folder import Converted, save_converted
-    from .conversion_report import conversion_table
-    from .surgery import Conversion
+    from .conversion_page import conversion_table
+    from .conversion_report import Conversion
 
     if args.out is None and not args.dry_run:
         raise UserError("--out is missing: the folder of the converted network; or give --dry-run")

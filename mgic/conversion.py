@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conversion_report import Conversion, ConversionReport, LayerReport
 from .errors import UserError
 from .runtime.accelerate import accelerate
-from .surgery import Conversion, ConversionReport, LayerReport, Where, apply_, made, plan, rebuild_
+from .surgery import Where, apply_, made, plan, rebuild_
 from .survey import Survey, checked_size, copied, input_size_of, refuse
 
 DEFAULT = Conversion()

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from .conversion_report import conversion_page
+from .conversion_page import conversion_page
+from .conversion_report import ConversionReport
 from .errors import UserError
 from .models import build_model, check_strange, create_model
-from .surgery import ConversionReport
 from .training.files import write_json, write_text
 from .training.weights import fit_weights, load_weights, save_weights
 

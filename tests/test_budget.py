@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 
 from mgic.conversion import COARSEST, GROUP_SIZES, choose, convert, convert_, time_in_path
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.counting import cost
 from mgic.errors import UserError
-from mgic.surgery import Conversion, ConversionReport
 
 SIZE = (3, 64, 64)
 

@@ -14,11 +14,12 @@ from torch import nn
 import mgic
 from mgic.blocks import BasicBlock
 from mgic.conversion import convert, convert_
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.counting import cost, count_trainable
 from mgic.cycle import MGICBlock, MGICConv, MGICLinear
 from mgic.errors import ChannelConfigError, UserError
 from mgic.hierarchy import BASIC, BOTTLENECK, count_macs, count_params, plan_levels
-from mgic.surgery import Conversion, ConversionReport, rebuild_
+from mgic.surgery import rebuild_
 from mgic.survey import is_residual
 from mgic.twins import narrowed
 

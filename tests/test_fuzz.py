@@ -35,13 +35,13 @@ from mgic import (
     UserError,
     additive,
 )
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.data import load_data
 from mgic.data.images import open_image
 from mgic.data.masks import read_mask
 from mgic.data.points import _hdf5_file, read_points
 from mgic.exporting import describe_artefact
 from mgic.models import build_model
-from mgic.surgery import Conversion, ConversionReport
 from mgic.training import Recipe, make_record, read_record, write_record
 from mgic.training.folder import RunFolder
 from mgic.training.weights import load_run, read_safetensors, save_weights
