@@ -22,8 +22,8 @@ import torchvision
 from torch import nn
 
 from mgic.conversion import convert
+from mgic.conversion_report import Conversion
 from mgic.counting import cost
-from mgic.surgery import Conversion
 from mgic.survey import input_size_of
 from mgic.training.records import commit, make_record, read_record, write_record
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from mgic import accelerate, cost, create_model
 from mgic.conversion import convert
+from mgic.conversion_report import Conversion
 from mgic.data import load_data
 from mgic.fitting import warm_start_
-from mgic.surgery import Conversion
 from mgic.training import RECIPES, evaluate, make_record, train, write_record
 from mgic.training.weights import load_network
 

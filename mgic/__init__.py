@@ -44,8 +44,8 @@ _HOMES = {
     "ResidualOnly": "smoothing",
     "create_model": "models",
     "list_models": "models",
-    "Conversion": "surgery",
-    "Report": "surgery",
+    "Conversion": "conversion_report",
+    "ConversionReport": "conversion_report",
     "convert": "conversion",
     "convert_": "conversion",
     "rebuild_": "surgery",
@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from .blocks import zero_scale as zero_scale
     from .conversion import convert as convert
     from .conversion import convert_ as convert_
+    from .conversion_report import Conversion as Conversion
+    from .conversion_report import ConversionReport as ConversionReport
     from .counting import Cost as Cost
     from .counting import Memory as Memory
     from .counting import cost as cost
@@ -108,8 +110,6 @@ if TYPE_CHECKING:
     from .smoothing import Smoothing as Smoothing
     from .smoothing import SmoothingInChannels as SmoothingInChannels
     from .smoothing import SmoothingStep as SmoothingStep
-    from .surgery import Conversion as Conversion
-    from .surgery import Report as Report
     from .surgery import rebuild_ as rebuild_
     from .transfer import Prolongation as Prolongation
     from .transfer import Restriction as Restriction

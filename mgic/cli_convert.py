@@ -14,8 +14,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .conversion_report import ConversionReport
     from .fitting import Fit
-    from .surgery import Report
     from .training import TrainedNetwork
 
 EXAMPLES = """  mgic convert torchvision:resnet50 --group_size 32 --coarsest 64 --dry_run
@@ -60,9 +60,9 @@ def add_convert(parser: ArgumentParser) -> None:
 def run_convert(args: Namespace, given: Sequence[str]) -> int:
     """Convert, print, write."""
     from .conversion import convert
-    from .conversion_report import conversion_table
-    from .converted import Converted, save_converted
-    from .surgery import Conversion
+    from .conversion_folder import Converted, save_converted
+    from .conversion_page import conversion_table
+    from .conversion_report import Conversion
 
     if args.out is None and not args.dry_run:
         raise UserError("--out is missing: the folder of the converted network; or give --dry_run")
@@ -115,7 +115,7 @@ def _defaults(args: Namespace) -> None:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
 
 
-def _write_record(path: Path, report: "Report", fits: "list[Fit]", given: Sequence[str]) -> None:
+def _write_record(path: Path, report: "ConversionReport", fits: "list[Fit]", given: Sequence[str]) -> None:
     from .training.records import command_of, make_record, write_record
 
     pairs = {"before": report.before, "after": report.after}
@@ -137,7 +137,7 @@ def _where(patterns: list[str] | None) -> Any:
     return lambda name, module: any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _print_budget(report: "Report", say: Any) -> None:
+def _print_budget(report: "ConversionReport", say: Any) -> None:
     budget = report.budget
     if not budget:
         return

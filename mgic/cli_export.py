@@ -122,7 +122,7 @@ def load_source(args: Namespace) -> Source:
         UserError: There is no such run or network, or the weights do not fit.
     """
     if Path(args.source).is_dir():
-        from .converted import is_converted, load_converted
+        from .conversion_folder import is_converted, load_converted
 
         if args.checkpoint is not None:
             raise UserError(f"--checkpoint is for a named network; {args.source} is a folder, with weights of its own")
@@ -191,7 +191,7 @@ def _check(args: Namespace, formats: "dict[str, Format]") -> None:
 
 def _is_run(source: str) -> bool:
     """Whether a source is a folder that says what data it was trained on."""
-    from .converted import is_converted
+    from .conversion_folder import is_converted
 
     return Path(source).is_dir() and not is_converted(source)
 

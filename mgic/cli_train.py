@@ -323,7 +323,7 @@ def run_predict(args: Namespace, given: Sequence[str]) -> int:
     """Run ``predict``."""
     from .prediction import Predictor, files_in
     from .training.files import check_writable, write_json
-    from .training.outside import progress_bar
+    from .training.progress import progress_bar
 
     files = files_in(args.inputs)
     if args.out is not None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conversion_report import Conversion, ConversionReport, LayerReport
 from .errors import UserError
 from .runtime.accelerate import accelerate
-from .surgery import Conversion, Report, Row, Where, apply_, made, plan, rebuild_
+from .surgery import Where, apply_, made, plan, rebuild_
 from .survey import Survey, checked_size, copied, input_size_of, refuse
 
 DEFAULT = Conversion()
@@ -72,7 +73,7 @@ def convert_(
     target_ms: float | None = None,
     threads: int = 1,
     time: Time | None = None,
-) -> Report:
+) -> ConversionReport:
     """Put multigrid into a network, in place.
 
     New layers start with random weights, drawn as widely as those they replace were spread, and can be fitted to them by
@@ -141,7 +142,7 @@ def convert_(
     return report
 
 
-def convert(model: nn.Module, conversion: Conversion = DEFAULT, **options: Any) -> tuple[nn.Module, Report]:
+def convert(model: nn.Module, conversion: Conversion = DEFAULT, **options: Any) -> tuple[nn.Module, ConversionReport]:
     """Return a converted copy and the report; arguments as of `convert_`. The network itself is left as it is."""
     refuse(model)
     twin = copied(model)
@@ -173,7 +174,7 @@ class _Table:
 
     def __init__(self, survey: Survey, conversion: Conversion, where: Where | None) -> None:
         self.survey = survey
-        self.rows: dict[Conversion | None, tuple[Row, ...]] = {}
+        self.rows: dict[Conversion | None, tuple[LayerReport, ...]] = {}
         for setting in [None, *_settings(conversion)]:
             rows = plan(survey, partial(_same, setting), where)
             if setting is None or any(row.replaced for row in rows):
@@ -184,7 +185,7 @@ class _Table:
         call = self.survey.calls.get(name)
         return "x".join(map(str, call.output[2:])) if call is not None and call.output is not None else ""
 
-    def options(self, cost: Callable[[Row, bool], float]) -> dict[Conversion | None, dict[str, float]]:
+    def options(self, cost: Callable[[LayerReport, bool], float]) -> dict[Conversion | None, dict[str, float]]:
         """Cost of each stage under every setting: that of its layers, and what replacing some of them changes.
 
         Args:
@@ -340,7 +341,7 @@ class _Times:
         self.cache: dict[str, tuple[float, str]] = {}
         self.seen: dict[tuple[str, int, int], tuple[float, str]] = {}
 
-    def __call__(self, row: Row, after: bool) -> float:
+    def __call__(self, row: LayerReport, after: bool) -> float:
         """Milliseconds of a layer before or after it was replaced; layers without multiply-adds take none."""
         call = self.table.survey.calls.get(row.name)
         if call is None or call.inputs is None or not row.macs:

@@ -1,89 +1,165 @@
-"""The report of a conversion, layer by layer: for the terminal, and as a page of its own."""
+"""What a conversion was asked for, and its report: every layer, replaced or kept and why. Plain values, as JSON too."""
 
-from html import escape
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
-from .surgery import Report, Row
+from .counting import Cost
+from .errors import UserError
+from .hierarchy import check_positive
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --before: #9aa7b8; --after: #1f77b4; --line: #8884; }}
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
-td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-td.bars {{ min-width: 8rem; width: 25%; }} td.why {{ min-width: 14rem; }}
-.bar {{ height: .55rem; border-radius: 2px; }}
-.before {{ background: var(--before); }} .after {{ background: var(--after); margin-top: 2px; }}
-.kept td {{ opacity: .7; }}
-.scroll {{ overflow-x: auto; }}
-.key span {{ display: inline-block; width: 1rem; height: .6rem; margin: 0 .3rem 0 1rem; }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{summary}</p>
-<ul>{notes}</ul>
-<p class="key">Multiply-adds of each layer: <span class="before"></span>before <span class="after"></span>after</p>
-<div class="scroll"><table><thead><tr><th>layer</th><th>kind</th><th></th><th class="n">parameters</th><th class="n">MACs</th>
-<th>widths; channels per group</th><th>why</th></tr></thead><tbody>
-{rows}
-</tbody></table></div>
-</body></html>
-"""
+SCHEMA = 1
 
 
-def conversion_page(report: Report) -> str:
-    """Return the report of a conversion as one HTML page that needs nothing else: a bar for every layer, before and after."""
-    most = max((row.macs for row in report.rows), default=0) or 1
+@dataclass(frozen=True)
+class Conversion:
+    """How wide layers are replaced.
 
-    def line(row: Row) -> str:
-        def cell(before: int, after: int) -> str:
-            return f"{before:,}" + (f"<br>{after:,}" if row.replaced else "")
+    Args:
+        group_size: Channels per group on the finest level (``s_g``).
+        coarsest: Width at which to stop coarsening (``s_c``); narrower layers are kept.
+        blocks: Replace residual blocks whole, as in the papers; otherwise each convolution apart, which can be fitted to
+            trained weights more closely (`mgic.warm_start_`).
+        linear: Replace wide linear layers too, but the classifier.
+    """
 
-        bars = "".join(
-            f'<div class="bar {kind}" style="width:{100 * macs / most:.2f}%"></div>'
-            for kind, macs in (("before", row.macs), ("after", row.macs_after))
-        )
-        grids = " ".join(map(str, row.widths)) + ("; " + " ".join(map(str, row.effective)) if row.widths else "")
-        words = "kept" if not row.replaced else f"{row.action}, s_g {row.group_size}, s_c {row.coarsest}"
-        reason = f"{words}: {row.reason}" if row.reason else words
-        return (
-            f'<tr class="{"" if row.replaced else "kept"}"><td>{escape(row.name or "(the network)")}</td>'
-            f'<td>{escape(row.kind)}</td><td class="bars">{bars}</td><td class="n">{cell(row.params, row.params_after)}</td>'
-            f'<td class="n">{cell(row.macs, row.macs_after)}</td><td>{grids}</td><td class="why">{escape(reason)}</td></tr>'
-        )
+    group_size: int = 32
+    coarsest: int = 64
+    blocks: bool = True
+    linear: bool = False
 
-    replaced = sum(row.replaced for row in report.rows)
-    summary = (
-        f"{replaced} of {len(report.rows)} layers and blocks replaced. Before: {report.before}. After: {report.after}: "
-        f"{report.after.params / max(report.before.params, 1):.1%} of the parameters, "
-        f"{report.after.macs / max(report.before.macs, 1):.1%} of the multiply-adds."
-    )
-    return _PAGE.format(
-        title=escape(f"{report.model}, converted"),
-        summary=escape(summary),
-        notes="".join(f"<li>{escape(note)}</li>" for note in report.notes),
-        rows="\n".join(map(line, report.rows)),
-    )
+    def __post_init__(self) -> None:
+        check_positive(group_size=self.group_size, coarsest=self.coarsest)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Conversion":
+        """Read plain values; unknown names are errors."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"conversion has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        return cls(**values)
 
 
-def conversion_table(report: Report) -> "Table":
-    """Return the layers of a converted network for the terminal."""
-    from rich.table import Table
+class Setting(NamedTuple):
+    """What a layer is replaced by.
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "became", "params", "MACs", "channels/group", "why"):
-        table.add_column(name, justify="right" if name in ("params", "MACs") else "left")
-    for row in report.rows:
-        became = row.action if not row.replaced else f"{row.action} {row.group_size}/{row.coarsest}"
-        params, macs = (
-            f"{before:,} -> {after:,}" if row.replaced else f"{before:,}"
-            for before, after in ((row.params, row.params_after), (row.macs, row.macs_after))
-        )
-        levels = " ".join(f"{width}/{size}" for width, size in zip(row.widths, row.effective, strict=True))
-        table.add_row(row.name or "(the network)", became, params, macs, levels, row.reason)
-    return table
+    Args:
+        action: ``block``, ``conv`` or ``linear``.
+        group_size: ``s_g`` asked for.
+        coarsest: ``s_c`` asked for.
+        widths: Channels of the levels, finest first.
+        pooled: Names, in a block, of the convolutions on one pixel (attention), which stay dense on every level.
+    """
+
+    action: str
+    group_size: int
+    coarsest: int
+    widths: tuple[int, ...]
+    pooled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer, or of one block with all that is in it.
+
+    Args:
+        name: Path of the module in the network.
+        kind: Its class.
+        action: ``block``, ``conv`` or ``linear`` where it was replaced, ``kept`` where not.
+        reason: Why it was kept; of a replaced layer, what else is to be said.
+        params: Trainable parameters before.
+        macs: Multiply-adds of one input before.
+        params_after: The same afterwards.
+        macs_after: The same afterwards.
+        group_size: ``s_g`` asked for; 0 where it was kept.
+        coarsest: ``s_c`` asked for; 0 where it was kept.
+        widths: Channels of the levels, finest first.
+        effective: Channels per group there.
+        pooled: Names, in a replaced block, of the convolutions on one pixel (attention), which stay dense on every level.
+    """
+
+    name: str
+    kind: str
+    action: str
+    reason: str
+    params: int
+    macs: int
+    params_after: int
+    macs_after: int
+    group_size: int = 0
+    coarsest: int = 0
+    widths: tuple[int, ...] = ()
+    effective: tuple[int, ...] = ()
+    pooled: tuple[str, ...] = ()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the layer is another one now."""
+        return self.action != "kept"
+
+    @property
+    def setting(self) -> Setting:
+        """What it was replaced by."""
+        return Setting(self.action, self.group_size, self.coarsest, self.widths, self.pooled)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every layer of a converted network, and what it cost before and after.
+
+    Args:
+        model: Class of the network, or the name it was built by.
+        rows: The layers in the order of the network.
+        before: Cost of the network before.
+        after: Cost afterwards.
+        notes: What the converted network keeps that the papers' networks have not, and what else is to be said.
+        budget: What was asked for, predicted and measured, where a target was given.
+    """
+
+    model: str
+    rows: tuple[LayerReport, ...]
+    before: Cost
+    after: Cost
+    notes: tuple[str, ...] = ()
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What to replace and how: with the name of the network all that is needed to build it again."""
+        return [{"name": row.name, **row.setting._asdict()} for row in self.rows if row.replaced]
+
+    def __str__(self) -> str:
+        replaced = sum(row.replaced for row in self.rows)
+        lines = [
+            f"{self.model}: {replaced} of {len(self.rows)} layers and blocks replaced",
+            f"before {self.before}",
+            f"after  {self.after}",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        """The report as JSON, with a schema version."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "conversion") -> "ConversionReport":
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: The text is no report, or of another schema version.
+        """
+        try:
+            values = json.loads(text)
+            if values.get("schema") != SCHEMA:
+                raise UserError(f"{source}: conversion of schema {values.get('schema')!r}; this mgic reads {SCHEMA}")
+            rows = tuple(
+                LayerReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})  # type: ignore[arg-type]
+                for row in values["rows"]
+            )
+            before, after = (
+                Cost(**{**values[key], "input_size": tuple(values[key]["input_size"])}) for key in ("before", "after")
+            )
+            return cls(values["model"], rows, before, after, tuple(values["notes"]), values["budget"])
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{source}: not the report of a conversion ({type(error).__name__}: {error})") from error

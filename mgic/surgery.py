@@ -7,185 +7,29 @@ reported: replaced, or kept and why.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from .conversion_report import Conversion, ConversionReport, LayerReport, Setting
 from .counting import Cost, count_trainable
 from .cycle import AdditiveChannelChange, MGICBlock, MGICConv, MGICLinear
 from .errors import BROKEN, ChannelConfigError, UserError
-from .hierarchy import Level, check_positive
+from .hierarchy import Level
 from .smoothing import Smoothing
 from .survey import Survey, checked_size, first_line, heads, input_size_of, is_residual, name_of, refuse
 from .twins import CONVOLUTIONS, Kept, make_block, make_conv, make_linear, unknown
 
-SCHEMA = 1
 Where = Callable[[str, nn.Module], bool]
 """``(name, module) -> bool``: whether a block or a layer may be replaced."""
 _BY_CHOICE = "dense by choice"
 _MERGERS = ("reparameterize", "switch_to_deploy")
 """Methods of modules that merge their branches to one convolution after training."""
 _MULTIGRID = (MGICBlock, MGICConv, MGICLinear, AdditiveChannelChange, Smoothing)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How wide layers are replaced.
-
-    Args:
-        group_size: Channels per group on the finest level (``s_g``).
-        coarsest: Width at which to stop coarsening (``s_c``); narrower layers are kept.
-        blocks: Replace residual blocks whole, as in the papers; otherwise each convolution apart, which can be fitted to
-            trained weights more closely (`mgic.warm_start_`).
-        linear: Replace wide linear layers too, but the classifier.
-    """
-
-    group_size: int = 32
-    coarsest: int = 64
-    blocks: bool = True
-    linear: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(group_size=self.group_size, coarsest=self.coarsest)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Conversion":
-        """Read plain values; unknown names are errors."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise UserError(f"conversion has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-        return cls(**values)
-
-
-class Setting(NamedTuple):
-    """What a layer is replaced by.
-
-    Args:
-        action: ``block``, ``conv`` or ``linear``.
-        group_size: ``s_g`` asked for.
-        coarsest: ``s_c`` asked for.
-        widths: Channels of the levels, finest first.
-        pooled: Names, in a block, of the convolutions on one pixel (attention), which stay dense on every level.
-    """
-
-    action: str
-    group_size: int
-    coarsest: int
-    widths: tuple[int, ...]
-    pooled: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one layer, or of one block with all that is in it.
-
-    Args:
-        name: Path of the module in the network.
-        kind: Its class.
-        action: ``block``, ``conv`` or ``linear`` where it was replaced, ``kept`` where not.
-        reason: Why it was kept; of a replaced layer, what else is to be said.
-        params: Trainable parameters before.
-        macs: Multiply-adds of one input before.
-        params_after: The same afterwards.
-        macs_after: The same afterwards.
-        group_size: ``s_g`` asked for; 0 where it was kept.
-        coarsest: ``s_c`` asked for; 0 where it was kept.
-        widths: Channels of the levels, finest first.
-        effective: Channels per group there.
-        pooled: Names, in a replaced block, of the convolutions on one pixel (attention), which stay dense on every level.
-    """
-
-    name: str
-    kind: str
-    action: str
-    reason: str
-    params: int
-    macs: int
-    params_after: int
-    macs_after: int
-    group_size: int = 0
-    coarsest: int = 0
-    widths: tuple[int, ...] = ()
-    effective: tuple[int, ...] = ()
-    pooled: tuple[str, ...] = ()
-
-    @property
-    def replaced(self) -> bool:
-        """Whether the layer is another one now."""
-        return self.action != "kept"
-
-    @property
-    def setting(self) -> Setting:
-        """What it was replaced by."""
-        return Setting(self.action, self.group_size, self.coarsest, self.widths, self.pooled)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Every layer of a converted network, and what it cost before and after.
-
-    Args:
-        model: Class of the network, or the name it was built by.
-        rows: The layers in the order of the network.
-        before: Cost of the network before.
-        after: Cost afterwards.
-        notes: What the converted network keeps that the papers' networks have not, and what else is to be said.
-        budget: What was asked for, predicted and measured, where a target was given.
-    """
-
-    model: str
-    rows: tuple[Row, ...]
-    before: Cost
-    after: Cost
-    notes: tuple[str, ...] = ()
-    budget: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """What to replace and how: with the name of the network all that is needed to build it again."""
-        return [{"name": row.name, **row.setting._asdict()} for row in self.rows if row.replaced]
-
-    def __str__(self) -> str:
-        replaced = sum(row.replaced for row in self.rows)
-        lines = [
-            f"{self.model}: {replaced} of {len(self.rows)} layers and blocks replaced",
-            f"before {self.before}",
-            f"after  {self.after}",
-        ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def to_json(self) -> str:
-        """The report as JSON, with a schema version."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "conversion") -> "Report":
-        """Read what `to_json` wrote.
-
-        Raises:
-            UserError: The text is no report, or of another schema version.
-        """
-        try:
-            values = json.loads(text)
-            if values.get("schema") != SCHEMA:
-                raise UserError(f"{source}: conversion of schema {values.get('schema')!r}; this mgic reads {SCHEMA}")
-            rows = tuple(
-                Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})  # type: ignore[arg-type]
-                for row in values["rows"]
-            )
-            before, after = (
-                Cost(**{**values[key], "input_size": tuple(values[key]["input_size"])}) for key in ("before", "after")
-            )
-            return cls(values["model"], rows, before, after, tuple(values["notes"]), values["budget"])
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{source}: not the report of a conversion ({type(error).__name__}: {error})") from error
-
 
 _MAKERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "block": lambda module, new: make_block(module, new.widths[0], new.group_size, new.coarsest, new.pooled),
@@ -196,7 +40,7 @@ _MAKERS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
 
 
 def rebuild_(model: nn.Module, layers: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Replace exactly the layers of a report (`Report.layers`) in a network built anew, and return it.
+    """Replace exactly the layers of a report (`ConversionReport.layers`) in a network built anew, and return it.
 
     Raises:
         UserError: The network has no such layer, or it cannot be replaced as the report says.
@@ -248,7 +92,7 @@ def _frozen_like(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[Row]:
+def plan(survey: "Survey", choose: Callable[[str], Conversion | None], where: Where | None = None) -> list[LayerReport]:
     """Return the rows of a conversion that nobody has run: `apply_` knows of layers that cannot be replaced after all."""
     planner = _Planner(survey, choose, where)
     planner.visit_all()
@@ -262,7 +106,7 @@ def apply_(
     optimizer: torch.optim.Optimizer | None = None,
     input_size: Sequence[int] | None = None,
     dry_run: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Convert with settings that may differ from layer to layer; arguments else as of `mgic.convert_`.
 
     Args:
@@ -287,7 +131,7 @@ def apply_(
             if row.replaced:
                 _put(model, row.name, made(row.setting, modules[row.name]))
     name = name_of(model)
-    return Report(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
+    return ConversionReport(name, tuple(rows), survey.cost, after, tuple(_notes(rows, survey)))
 
 
 def _check_optimizer(model: nn.Module, replaced: set[str], optimizer: torch.optim.Optimizer) -> None:
@@ -317,10 +161,10 @@ class _Planner:
         self.tied = {name for name, module in originals.items() if module in tied}
         self.heads = heads(survey)
         self.broken: dict[str, str] = {}
-        self.rows: list[Row] = []
+        self.rows: list[LayerReport] = []
         self.new: dict[str, nn.Module] = {}
 
-    def finish(self) -> tuple[list[Row], Cost]:
+    def finish(self) -> tuple[list[LayerReport], Cost]:
         """Return the rows, and the cost of the converted network."""
         while True:
             self.visit_all()
@@ -521,7 +365,7 @@ class _Planner:
         levels: list[Level] = new.cycle.levels if isinstance(new, MGICLinear) else new.levels  # type: ignore[assignment]
         self.new[name] = new
         self.rows.append(
-            Row(
+            LayerReport(
                 name=name,
                 kind=type(module).__name__,
                 action=action,
@@ -547,7 +391,9 @@ class _Planner:
                 self.survey.macs.get(f"{name}.{child}" if name else child, 0) for child, _ in module.named_children()
             )
         kind = type(module).__name__
-        self.rows.append(Row(name, kind, "kept", reason, params=own, macs=macs, params_after=own, macs_after=macs))
+        self.rows.append(
+            LayerReport(name, kind, "kept", reason, params=own, macs=macs, params_after=own, macs_after=macs)
+        )
 
 
 def _merger(module: nn.Module) -> str | None:
@@ -573,12 +419,12 @@ def _inside(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def _notes(rows: Sequence[Row], survey: Survey) -> list[str]:
+def _notes(rows: Sequence[LayerReport], survey: Survey) -> list[str]:
     """Say what the converted network keeps that the papers' networks have not."""
     total = max(survey.cost.macs, 1)
     modules = dict(survey.meta.named_modules())
     notes = []
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[LayerReport]] = {}
     for row in rows:
         conv: Any = modules[row.name]
         if row.replaced or not isinstance(conv, nn.Conv2d) or conv.groups > 1 or not row.macs:

@@ -13,6 +13,7 @@ import mgic
 from mgic import benchmarking
 from mgic.benchmarking import (
     TRAINING,
+    TRIES,
     Case,
     Group,
     Network,
@@ -24,6 +25,8 @@ from mgic.benchmarking import (
     run_benchmark,
     thread_scaling,
 )
+from mgic.benchmarking.cases import training_step
+from mgic.benchmarking.timing import _Answer, _prepare
 from mgic.cli import main
 from mgic.cli_bench import SUITES, suite
 from mgic.counting import Cost
@@ -49,7 +52,7 @@ def answer(pipe, case):
         if case.path == "dies" and count == 2:
             pipe.poll(None)  # with the question unread
             os._exit(8)
-        pipe.send(benchmarking._Answer(pipe.recv() * count + case.batch, (1.0, 1.0)))
+        pipe.send(_Answer(pipe.recv() * count + case.batch, (1.0, 1.0)))
 
 
 def disturbed(pipe, case):
@@ -57,7 +60,7 @@ def disturbed(pipe, case):
     pipe.send(Timing(case, error=0.0))
     for count, references in enumerate(json.loads(case.path)):
         pipe.recv()
-        pipe.send(benchmarking._Answer(count, tuple(references)))
+        pipe.send(_Answer(count, tuple(references)))
 
 
 @pytest.fixture
@@ -211,13 +214,12 @@ def test_processes_are_asked_in_turns_and_one_that_ends_is_a_reason():
 
 def test_a_process_is_asked_again_until_nobody_disturbs_it():
     """A limit of 1.2; before the rounds (answer 0) nothing is known of how fast the reference computation can be."""
-    tries = benchmarking.TRIES
     quiet, before, after = (1.0, 1.15), (1.3, 1.0), (1.0, 1.3)
     calm = json.dumps([(2.0, 2.0), before, after, quiet, quiet])
-    never = json.dumps([quiet, quiet, *[before] * (tries - 1), (1.25, 1.0)])
+    never = json.dumps([quiet, quiet, *[before] * (TRIES - 1), (1.25, 1.0)])
     one, other = measure([Case(SMALL, calm), Case(SMALL, never)], rounds=2, seconds=0.1, serve=disturbed)
     assert (one.seconds, one.disturbed) == ((3, 4), 0)
-    assert (other.seconds, other.disturbed) == ((1, 1 + tries), 1)  # the least disturbed answer
+    assert (other.seconds, other.disturbed) == ((1, 1 + TRIES), 1)  # the least disturbed answer
 
 
 def test_the_limit_is_that_of_as_many_threads():
@@ -244,14 +246,14 @@ def test_a_network_is_really_run_checked_and_timed():
 def test_a_path_with_wrong_outputs_is_not_timed(monkeypatch):
     monkeypatch.setitem(benchmarking.WAYS, "wrong", lambda model, x, threads: lambda x: model(x).detach() * 1.001)
     with pytest.raises(UserError, match=r"differs from eager by 1\.0e-03"):
-        benchmarking._prepare(Case(SMALL, "wrong"))
+        _prepare(Case(SMALL, "wrong"))
 
 
 def test_a_training_step_trains():
     model, size = SMALL.build()
     x = torch.randn(4, *size)
     before = [p.detach().clone() for p in model.parameters()]
-    step = benchmarking.training_step(model, x, 1)
+    step = training_step(model, x, 1)
     step(x)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())

@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 
 from mgic.conversion import COARSEST, GROUP_SIZES, choose, convert, convert_, time_in_path
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.counting import cost
 from mgic.errors import UserError
-from mgic.surgery import Conversion, Report
 
 SIZE = (3, 64, 64)
 
@@ -110,11 +110,11 @@ def test_a_layer_that_its_path_cannot_run_is_timed_in_eager_and_said_to_be(monke
     timed = {entry["layer"]: entry["path"] for entry in report.budget["layers"]}
     assert timed.pop("conv1") == "eager"
     assert set(timed.values()) == {"engine"}
-    assert Report.from_json(report.to_json()) == report
+    assert ConversionReport.from_json(report.to_json()) == report
     old = json.loads(report.to_json())
     for entry in old["budget"]["layers"]:
         del entry["path"]
-    assert "path" not in Report.from_json(json.dumps(old)).budget["layers"][0]
+    assert "path" not in ConversionReport.from_json(json.dumps(old)).budget["layers"][0]
 
 
 def test_a_target_above_the_cost_replaces_nothing():

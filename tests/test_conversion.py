@@ -14,11 +14,12 @@ from torch import nn
 import mgic
 from mgic.blocks import BasicBlock
 from mgic.conversion import convert, convert_
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.counting import cost, count_trainable
 from mgic.cycle import MGICBlock, MGICConv, MGICLinear
 from mgic.errors import ChannelConfigError, UserError
 from mgic.hierarchy import BASIC, BOTTLENECK, count_macs, count_params, plan_levels
-from mgic.surgery import Conversion, Report, rebuild_
+from mgic.surgery import rebuild_
 from mgic.survey import is_residual
 from mgic.twins import narrowed
 
@@ -104,7 +105,7 @@ def test_a_dry_run_changes_nothing_and_reports_all():
 def test_a_converted_network_is_rebuilt_from_its_name_and_the_report():
     model = timm.create_model("efficientnet_b0", num_classes=5)
     converted, report = convert(model, Conversion(group_size=16, coarsest=32))
-    layers = Report.from_json(report.to_json()).layers
+    layers = ConversionReport.from_json(report.to_json()).layers
     assert json.loads(json.dumps(layers))[0]["name"] == layers[0]["name"]
     twin = rebuild_(timm.create_model("efficientnet_b0", num_classes=5), layers)
     twin.load_state_dict(converted.state_dict(), strict=True)
@@ -435,8 +436,8 @@ LAYER = {"name": "down", "action": "conv", "group_size": 4, "coarsest": 8, "widt
         (lambda: Conversion(group_size=0), "group_size must be a positive integer, got 0"),
         (lambda: Conversion(coarsest=2.5), "coarsest must be a positive integer, got 2.5"),
         (lambda: convert_(Tiny(), NARROW, input_size=(4, 8, 8)), r"Tiny does not run on inputs of \(4, 8, 8\)"),
-        (lambda: Report.from_json("{}"), "schema None; this mgic reads 1"),
-        (lambda: Report.from_json('{"schema": 1}'), "not the report of a conversion"),
+        (lambda: ConversionReport.from_json("{}"), "schema None; this mgic reads 1"),
+        (lambda: ConversionReport.from_json('{"schema": 1}'), "not the report of a conversion"),
         (lambda: rebuild_(Tiny(), [{"name": "x"}]), "a layer has name, action, group_size, coarsest, widths"),
         (
             lambda: rebuild_(Tiny(), [{**LAYER, "name": "x"}]),

@@ -28,7 +28,7 @@ import pytest
 import torch
 from tiny import RECIPE, STEPS_PER_EPOCH, stripes, tiny
 
-from mgic.data import base, load_data
+from mgic.data import load_data, read_batches, reading
 from mgic.errors import Stopped, UserError
 from mgic.training import DiskFull, Interrupted, load_network, load_start, train
 from mgic.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
@@ -74,7 +74,7 @@ def _train(folder, recipe, steps, kill_after, images, taught_by=None, lose=None)
             if lose[4]:
                 os.kill(os.getpid(), lose[4])
             os.kill(workers[lose[1]].pid, lose[2])
-            base.PATIENCE = lose[3]
+            reading.PATIENCE = lose[3]
 
     data = load_data(str(images), image_size=8) if images else stripes()
     build, given = _rgb if images else tiny, {}
@@ -300,7 +300,7 @@ def test_a_worker_that_raises_is_no_lost_worker():
     """An error of the code that reads is not explained away by a lack of memory."""
     for workers in (0, 1):
         with pytest.raises(RuntimeError, match="not a matrix"):
-            list(base.read_batches(_raises, [[0]], (), workers, "cpu"))
+            list(read_batches(_raises, [[0]], (), workers, "cpu"))
         assert multiprocessing.active_children() == []
 
 
@@ -488,10 +488,10 @@ def test_r27_an_interrupted_export_leaves_nothing_new_and_nothing_half_written(t
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_r27_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, signum, trials):
-    from mgic import converted
+    from mgic import conversion_folder
     from mgic.cli import main
 
-    monkeypatch.setattr(converted, "write_text", lambda path, text: signal.raise_signal(signum))
+    monkeypatch.setattr(conversion_folder, "write_text", lambda path, text: signal.raise_signal(signum))
     for k in range(10 if trials.full else 1):
         words = ["convert", "resnet20", "--model_args={width: 0.25}", "--group_size=2", "--coarsest=4"]
         assert main([*words, f"--out={tmp_path / str(k)}"]) == 128 + signum

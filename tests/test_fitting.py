@@ -8,10 +8,10 @@ from torch import nn
 
 from mgic.blocks import BasicBlock
 from mgic.conversion import convert
+from mgic.conversion_report import Conversion
 from mgic.cycle import MGICConv
 from mgic.errors import UserError
 from mgic.fitting import fit_convolution_, warm_start_
-from mgic.surgery import Conversion
 
 
 def moments(channels):

@@ -35,13 +35,13 @@ from mgic import (
     UserError,
     additive,
 )
+from mgic.conversion_report import Conversion, ConversionReport
 from mgic.data import load_data
 from mgic.data.images import open_image
 from mgic.data.masks import read_mask
 from mgic.data.points import _hdf5_file, read_points
 from mgic.exporting import describe_artefact
 from mgic.models import build_model
-from mgic.surgery import Conversion, Report
 from mgic.training import Recipe, make_record, read_record, write_record
 from mgic.training.folder import RunFolder
 from mgic.training.weights import load_run, read_safetensors, save_weights
@@ -301,7 +301,7 @@ def written(kind, folder):
     if kind == "report":
         model = mgic.create_model("resnet20", depth=8)
         path.write_text(mgic.convert(model, Conversion(4, 8))[1].to_json())
-        return path, lambda path: Report.from_json(path.read_text(encoding="utf-8", errors="replace"))
+        return path, lambda path: ConversionReport.from_json(path.read_text(encoding="utf-8", errors="replace"))
     (folder / "net.onnx").write_bytes(b"x")
     path = folder / "net.onnx.json"
     names = mgic.exporting.Artefact.__dataclass_fields__

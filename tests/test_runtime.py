@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import mgic
 from mgic.runtime import Engine, EngineUnavailable, build, capture, compile_engine, plan
+from mgic.runtime.engine import _Op, _Step
 from mgic.runtime.ops import Convolution, Copy, TorchCall
 
 TOLERANCE = 1e-5
@@ -484,7 +485,7 @@ def test_a_damaged_library_is_named(monkeypatch, tmp_path):
 SANITIZED = """
 import ctypes, sys
 import numpy as np, torch
-from mgic.runtime import build, plan
+from mgic.runtime import build, engine
 sys.path.insert(0, {tests!r})
 import test_runtime as t
 from torch import nn
@@ -494,7 +495,7 @@ class Exact:  # memory of exactly the size asked for, from the allocator that th
         self.floats = np.zeros(floats, np.float32)
         self.address = self.floats.ctypes.data
 
-plan._Arena = Exact
+engine._Arena = Exact
 flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g0")
 original = build.build
 build.build = lambda name: original(name, flags)
@@ -530,8 +531,8 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing():
 def test_the_structures_of_both_languages_agree():
     for name in SETS:
         library = build.load(name)
-        assert library.mgic_op_size() == ctypes.sizeof(plan._Op)
-        assert library.mgic_step_size() == ctypes.sizeof(plan._Step)
+        assert library.mgic_op_size() == ctypes.sizeof(_Op)
+        assert library.mgic_step_size() == ctypes.sizeof(_Step)
         assert library.mgic_lanes() == build.INSTRUCTION_SETS[name][0]
 
 

@@ -16,9 +16,9 @@ MAY_ASK_THE_HUB = {"publishing.py"}
 """Files that may import ``huggingface_hub``: `push` uploads, `from_pretrained` fetches; both on request."""
 MAY_RUN_PROGRAMS = {"build.py", "records.py"}
 """Files that run a program: the C++ compiler, and ``git`` for the commit of a record. Lists of words, never a shell."""
-MAY_IMPORT_BY_NAME = {"__init__.py", "paths.py", "points.py", "benchmarking.py"}
+MAY_IMPORT_BY_NAME = {"__init__.py", "paths.py", "points.py", "cases.py"}
 """Files that import a module whose name they hold: public names on first use, and extras."""
-MAY_LOAD_LIBRARIES = {"build.py", "benchmarking.py"}
+MAY_LOAD_LIBRARIES = {"build.py", "timing.py"}
 """Files that load a native library: the engine that was just compiled, and the C library."""
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import mgic
-from mgic import UserError, tables
+from mgic import UserError
 from mgic.cli import main
 from mgic.plots import plot_panels
 from mgic.reporting import paper_csv, paper_markdown, paper_sheet
-from mgic.tables import build_figure, build_table, table_ids
+from mgic.tables import build_figure, build_table, matching_records, papers, results_row, table_ids
+from mgic.tables.layers import layer_rows
+from mgic.tables.networks import named_network, network_cost
 from mgic.training import read_record
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +123,7 @@ def test_counting_without_norms_and_activations_counts_the_same():
         ("mgic_mobilenetv3_060", {}, (3, 64, 64)),
         ("ghostnet_050", {}, (3, 64, 64)),
     ):
-        counted = tables.network_cost(tables.named_network(name, overrides, "mgic"), size)
+        counted = network_cost(named_network(name, overrides, "mgic"), size)
         assert counted == mgic.cost(mgic.create_model(name, **overrides), size)
 
 
@@ -198,9 +200,9 @@ def test_built_layers_are_the_printed_ones(everything):
 
 
 def test_a_layer_that_is_not_built_as_printed_is_said_to_differ():
-    table = tables.papers()["tables"]["mgic-6"]
+    table = papers()["tables"]["mgic-6"]
     rows = [{**row, "exp": 96} if row["row"] == "bneck 2" else row for row in table["rows"] if row["row"] != "bneck 5"]
-    compared = tables.layer_rows({**table, "rows": rows})
+    compared = layer_rows({**table, "rows": rows})
     assert [row["differs"] for row in compared if row["row"] == "bneck 2"] == [["exp"]]
     assert [row["built"]["exp"] for row in compared if row["row"] == "(not printed)"] == [120]
 
@@ -258,9 +260,9 @@ def test_a_record_stands_in_the_rows_of_its_network_and_data_alone(everything):
         record("mg_resnet_cifar", "folder/cifar10.npz", args, file="results/b.json", date="2026-01-02"),
         record("mg_resnet_cifar", "cifar100", {**args, "coarsest": 32}),
     ]
-    table = tables.papers()["tables"]["mg2020-1"]
+    table = papers()["tables"]["mg2020-1"]
     narrow = [row for row in table["rows"] if "16-32-64-128" in row["row"]]  # dense, additive, and two multiplicative
-    rows = [row for row in (tables.results_row("mg2020-1", table, row, records) for row in narrow) if row["accuracy"]]
+    rows = [row for row in (results_row("mg2020-1", table, row, records) for row in narrow) if row["accuracy"]]
     assert [row["row"] for row in rows] == [
         "MG-ResNet 16-32-64-128, group size 8, coarsest 16"
     ]  # not its additive twin
@@ -305,7 +307,7 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_record_of_every_kind_of_network_finds_its_network(name):
     one = record(name, "some-data", {})
-    assert list(tables.matching_records(name, {}, "some data", [one])) == [one]
+    assert list(matching_records(name, {}, "some data", [one])) == [one]
 
 
 def test_a_record_of_no_training_stands_nowhere():

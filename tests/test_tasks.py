@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgic.data import WHOLE, Augmentation, Data, classification, epoch_order, load_data, random_key, regression
-from mgic.data.base import in_order, read_batches
+from mgic.data.reading import in_order, read_batches
 from mgic.errors import UserError
 from mgic.training import RunSummary, evaluate, load_run, train
 from mgic.training.files import write_json

@@ -358,9 +358,9 @@ def test_a_progress_bar_is_shown_on_request_and_never_on_a_pipe(tmp_path, capsys
 
 
 def test_r32_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
-    from mgic.training import outside
+    from mgic.training import progress
 
-    monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="TensorBoard is not installed"):
         train(replace(RECIPE, epochs=1), tiny, stripes(), tmp_path / "run")
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from ..errors import UserError, suggest
 from . import functions, images, masks, points, shards
-from .base import WHOLE, Augmentation, Data, Missing, Share, Split, WorkerLost, epoch_order, random_key, read_batches
+from .base import WHOLE, Augmentation, Data, Share, Split
+from .files import Missing
 from .images import ImageFiles, Images, augment_batch, padded
+from .reading import WorkerLost, read_batches
+from .seeds import epoch_order, random_key
 from .tasks import Meter, Task, classification, regression, segmentation
 
 __all__ = [

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, Data, Share, random_key
+from .base import WHOLE, Augmentation, Data, Share
+from .seeds import random_key
 from .tasks import regression
 
 PARTS = 20

@@ -18,20 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import (
-    UNREADABLE,
-    WHOLE,
-    Augmentation,
-    BadSample,
-    BadSamples,
-    Data,
-    Missing,
-    Share,
-    in_order,
-    random_key,
-    read_arrays,
-    read_batches,
-)
+from .base import WHOLE, Augmentation, Data, Share
+from .files import UNREADABLE, Missing, read_arrays
+from .reading import BadSample, BadSamples, in_order, read_batches
+from .seeds import random_key
 from .tasks import classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .base import WHOLE, Augmentation, BadSample, BadSamples, Data, Missing, Share, read_batches
+from .base import WHOLE, Augmentation, Data, Share
+from .files import Missing
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, open_image, opened, size_of
+from .reading import BadSample, BadSamples, read_batches
 from .tasks import VOID, segmentation, whole_image
 
 LEAST_SIDE = 8

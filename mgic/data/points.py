@@ -19,19 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import (
-    UNREADABLE,
-    WHOLE,
-    Augmentation,
-    Data,
-    Missing,
-    Share,
-    check_announced,
-    in_order,
-    random_key,
-    read_arrays,
-    read_batches,
-)
+from .base import WHOLE, Augmentation, Data, Share
+from .files import UNREADABLE, Missing, check_announced, read_arrays
+from .reading import in_order, read_batches
+from .seeds import random_key
 from .solids import write_solids
 from .tasks import classification
 

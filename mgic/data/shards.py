@@ -24,8 +24,10 @@ import numpy as np
 
 from ..cache import cache_folder
 from ..errors import UserError
-from .base import UNREADABLE, BadSamples, Data, Missing
+from .base import Data
+from .files import UNREADABLE, Missing
 from .images import IMAGE_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD, ImageFiles
+from .reading import BadSamples
 from .tasks import classification
 
 MOST_LABEL_BYTES = 1 << 20

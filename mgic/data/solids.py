@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .base import random_key
+from .seeds import random_key
 
 Array = np.ndarray[Any, Any]
 Random = np.random.RandomState  # the legacy generator: its stream is frozen for ever

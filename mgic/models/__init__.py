@@ -125,7 +125,8 @@ def _torchvision(name: str, overrides: Mapping[str, Any]) -> nn.Module:
 
 def _converted(model: nn.Module, conversion: Mapping[str, Any]) -> nn.Module:
     """Convert by rule, or exactly as a report says."""
-    from ..surgery import Conversion, apply_, rebuild_
+    from ..conversion_report import Conversion
+    from ..surgery import apply_, rebuild_
 
     if not isinstance(conversion, Mapping):
         raise UserError(f"conversion must be a mapping, such as {{group_size: 16, coarsest: 32}}, got {conversion!r}")

@@ -74,8 +74,8 @@ MGIC = Scheme()
 """The text of Sec. 3.3: halve until at most ``s_c`` channels are left; a narrower block stays as it is."""
 
 
-class Row(NamedTuple):
-    """A row of Table 6; the kernel sizes, which it leaves out, are those of GhostNet (Han et al. 2020)."""
+class Bneck(NamedTuple):
+    """A bottleneck as a row of Table 6 states it; kernel sizes, left out there, are those of GhostNet (Han et al. 2020)."""
 
     kernel_size: int
     hidden: int
@@ -85,14 +85,14 @@ class Row(NamedTuple):
 
 STEM = 16
 TABLE_6 = (  # one tuple per resolution: strides 2, 4, 8, 16, 32
-    (Row(3, 16, 16),),
-    (Row(3, 48, 24), Row(3, 72, 24)),
-    (Row(5, 72, 40, True), Row(5, 120, 40, True)),
+    (Bneck(3, 16, 16),),
+    (Bneck(3, 48, 24), Bneck(3, 72, 24)),
+    (Bneck(5, 72, 40, True), Bneck(5, 120, 40, True)),
     (
-        *(Row(3, 240, 80), Row(3, 200, 80), Row(3, 184, 80), Row(3, 184, 80)),
-        *(Row(3, 480, 112, True), Row(3, 672, 112, True)),
+        *(Bneck(3, 240, 80), Bneck(3, 200, 80), Bneck(3, 184, 80), Bneck(3, 184, 80)),
+        *(Bneck(3, 480, 112, True), Bneck(3, 672, 112, True)),
     ),
-    (Row(5, 672, 160, True), *2 * (Row(5, 960, 160), Row(5, 960, 160, True))),
+    (Bneck(5, 672, 160, True), *2 * (Bneck(5, 960, 160), Bneck(5, 960, 160, True))),
 )
 TAIL, HEAD = 960, 1280
 
@@ -151,7 +151,7 @@ def every_level(hidden: int) -> Layer:
 
 
 def mgic_stages(
-    table: Sequence[Sequence[Row]],
+    table: Sequence[Sequence[Bneck]],
     strides: Sequence[int],
     multigrid: Callable[[Callable[..., nn.Module], int, int], nn.Module],
     act: Callable[[], nn.Module],

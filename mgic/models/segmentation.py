@@ -15,7 +15,7 @@ from ..cycle import ChannelChange, Correction, MGICBlock, Scheme, tau_correction
 from ..errors import UserError
 from ..hierarchy import check_positive
 from .inputs import check_images
-from .mobilenetv3 import MGIC, STEM, InvertedBottleneck, Row, activation, every_level, mgic_stages
+from .mobilenetv3 import MGIC, STEM, Bneck, InvertedBottleneck, activation, every_level, mgic_stages
 
 
 class LRASPP(nn.Module):
@@ -128,7 +128,7 @@ class Size(NamedTuple):
         tail: Width of the last 1x1 convolution.
     """
 
-    table: tuple[tuple[Row, ...], ...]
+    table: tuple[tuple[Bneck, ...], ...]
     strides: tuple[int, ...]
     relu: int
     tail: int
@@ -136,14 +136,14 @@ class Size(NamedTuple):
 
 LARGE = Size(
     table=(
-        (Row(3, 16, 16),),
-        (Row(3, 64, 24), Row(3, 72, 24)),
-        (Row(5, 72, 40, True), *2 * (Row(5, 120, 40, True),)),
+        (Bneck(3, 16, 16),),
+        (Bneck(3, 64, 24), Bneck(3, 72, 24)),
+        (Bneck(5, 72, 40, True), *2 * (Bneck(5, 120, 40, True),)),
         (
-            *(Row(3, 240, 80), Row(3, 200, 80), Row(3, 184, 80), Row(3, 184, 80)),
-            *(Row(3, 480, 112, True), Row(3, 672, 112, True)),
+            *(Bneck(3, 240, 80), Bneck(3, 200, 80), Bneck(3, 184, 80), Bneck(3, 184, 80)),
+            *(Bneck(3, 480, 112, True), Bneck(3, 672, 112, True)),
         ),
-        (Row(5, 336, 80, True), *2 * (Row(5, 480, 80, True),)),
+        (Bneck(5, 336, 80, True), *2 * (Bneck(5, 480, 80, True),)),
     ),
     strides=(1, 2, 2, 2, 1),
     relu=3,
@@ -151,13 +151,13 @@ LARGE = Size(
 )
 SMALL = Size(
     table=(
-        (Row(3, 16, 16, True),),
-        (Row(3, 72, 24), Row(3, 88, 24)),
+        (Bneck(3, 16, 16, True),),
+        (Bneck(3, 72, 24), Bneck(3, 88, 24)),
         (
-            *(Row(5, 96, 40, True), *2 * (Row(5, 240, 40, True),)),
-            *(Row(5, 120, 48, True), Row(5, 144, 48, True)),
+            *(Bneck(5, 96, 40, True), *2 * (Bneck(5, 240, 40, True),)),
+            *(Bneck(5, 120, 48, True), Bneck(5, 144, 48, True)),
         ),
-        (Row(5, 144, 48, True), *2 * (Row(5, 288, 48, True),)),
+        (Bneck(5, 144, 48, True), *2 * (Bneck(5, 288, 48, True),)),
     ),
     strides=(2, 2, 2, 1),
     relu=2,

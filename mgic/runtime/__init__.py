@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import EngineUnavailable, capture
+from .engine import Engine
 from .ops import Program
-from .plan import Engine
 
 __all__ = ["Engine", "EngineUnavailable", "Program", "capture", "compile_engine"]
 

@@ -47,7 +47,7 @@ class PathResult:
 
 
 @dataclass(frozen=True)
-class Report:
+class AccelerationReport:
     """Every path that was tried for an input of this shape, device and type, on so many threads, in the order given."""
 
     results: tuple[PathResult, ...]
@@ -81,7 +81,9 @@ class Accelerated(nn.Module):
         report: What was tried.
     """
 
-    def __init__(self, network: nn.Module, path: str, run: Run, build: Callable[[Tensor], Run], report: Report) -> None:
+    def __init__(
+        self, network: nn.Module, path: str, run: Run, build: Callable[[Tensor], Run], report: AccelerationReport
+    ) -> None:
         super().__init__()
         self.path, self.report = path, report
         self._run, self._build, self._building = run, build, threading.Lock()
@@ -196,7 +198,7 @@ def accelerate(
             raise PathUnavailable(f"{best} differs from eager by {error:.1e}, more than {limit:g}")
         return run
 
-    report = Report(tuple(results.values()), tuple(example.shape), threads, example.device, example.dtype)
+    report = AccelerationReport(tuple(results.values()), tuple(example.shape), threads, example.device, example.dtype)
     return Accelerated(network, best, runs[best], rebuild, report)
 
 

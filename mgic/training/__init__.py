@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .checkpoint import CorruptCheckpoint
     from .files import DiskFull
     from .loop import NonFiniteLoss, RunSummary, evaluate, train
-    from .outside import Interrupted
     from .parallel import Elsewhere, LostProcess
     from .recipes import RECIPES, Recipe
     from .records import make_record, read_record, read_records, write_record
+    from .signals import Interrupted
     from .weights import SavedRun, Start, TrainedNetwork, load_network, load_run, load_start
 
 _HOME = {
@@ -29,7 +29,7 @@ _HOME = {
     "load_start": "weights",
     "Elsewhere": "parallel",
     "LostProcess": "parallel",
-    "Interrupted": "outside",
+    "Interrupted": "signals",
     "NonFiniteLoss": "loop",
     "RunSummary": "loop",
     "evaluate": "loop",

@@ -35,10 +35,11 @@ from .distillation import Distillation, check_teacher, note_sources
 from .fast import fast_training_
 from .files import write_json
 from .folder import RunFolder
-from .outside import Interrupted, Signals, progress_bar, tensorboard, write_csv
 from .parallel import ALONE, Processes, check_share, layout, synchronize_norms_, world_size
+from .progress import progress_bar, tensorboard, write_csv
 from .recipes import Recipe
 from .records import provenance, versions
+from .signals import Interrupted, Signals
 from .weights import Start, TrainedNetwork, save_weights, start_from
 
 MAX_NONFINITE_STEPS = 3

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from .conversion_report import conversion_page
+from .conversion_page import conversion_page
+from .conversion_report import ConversionReport
 from .errors import UserError
 from .models import build_model, check_strange, create_model
-from .surgery import Report
 from .training.files import write_json, write_text
 from .training.weights import fit_weights, load_weights, save_weights
 
@@ -35,7 +35,7 @@ class Converted:
     model: nn.Module
     source: str
     arguments: Mapping[str, Any]
-    report: Report
+    report: ConversionReport
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def load_converted(folder: str | Path) -> Converted:
         source, arguments, report = str(known["source"]), dict(known["arguments"]), json.dumps(known["report"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a conversion ({type(error).__name__}: {error})") from error
-    converted = Converted(nn.Identity(), source, arguments, Report.from_json(report, str(file)))
+    converted = Converted(nn.Identity(), source, arguments, ConversionReport.from_json(report, str(file)))
     check_strange(source, arguments, str(file))
     model = build_model(source, converted.model_args)
     fit_weights(model, load_weights(Path(folder) / WEIGHTS), f"{folder}: its weights do not fit")

@@ -10,10 +10,10 @@ from test_cli import call, run_folder, tiny  # noqa: F401  (fixtures)
 
 import mgic
 from mgic.conversion import convert
-from mgic.conversion_report import conversion_page
-from mgic.converted import Converted, load_converted, save_converted
+from mgic.conversion_folder import Converted, load_converted, save_converted
+from mgic.conversion_page import conversion_page
+from mgic.conversion_report import Conversion
 from mgic.errors import UserError
-from mgic.surgery import Conversion
 from mgic.training.checkpoint import CorruptCheckpoint
 
 ARGUMENTS = {"width": 0.5, "num_classes": 3}
