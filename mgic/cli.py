@@ -65,7 +65,9 @@ def _run_models(args: Namespace) -> int:
 
 
 def _add_cost(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="a name of 'mgic models', or any of timm's")
+    parser.add_argument(
+        "model", type=str, help="name (ours, timm's, torchvision:NAME); NAME:argument=value,... and NAME@SIZE too"
+    )
     parser.add_argument("--model_args", type=dict, default={}, help="arguments of the network: '{group_size: 4}'")
     parser.add_argument(
         "--input_size", type=list[int], default=None, help="'[3, 224, 224]'; the network's own by default"
@@ -81,11 +83,16 @@ def _run_cost(args: Namespace) -> int:
 
     from .counting import breakdown, cost, memory
     from .models import build_model
+    from .models.spelling import spelled
     from .survey import input_size_of
 
+    asked = spelled(args.model)
+    args.model, args.model_args = asked.name, {**asked.arguments, **args.model_args}
     with torch.device("meta"):
         model = build_model(args.model, args.model_args)
     size = tuple(args.input_size or input_size_of(model))
+    if asked.size and not args.input_size:
+        size = (size[0], asked.size, asked.size)
     if args.scaling:
         return _run_scaling(args, size)
     if args.plot is not None:
@@ -327,7 +334,7 @@ VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[..., int]
 
 EXAMPLES = {
     "models": "  mgic models 'mgic_*'",
-    "cost": """  mgic cost mgic_resnet56 --model_args '{group_size: 16}'
+    "cost": """  mgic cost mgic_resnet56:group_size=16
   mgic cost mgic_resnet50 --scaling --model_args '{group_size: 8, coarsest: 16}' --plot scaling.png""",
     **cli_train.EXAMPLES,
     "convert": cli_convert.EXAMPLES,

@@ -29,7 +29,9 @@ A run of mgic train keeps its weights; a name starts with random ones unless --p
 
 def add_convert(parser: ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument("source", type=str, help="run folder, or name of a network (ours, timm's, torchvision:NAME)")
+    parser.add_argument(
+        "source", type=str, help="run folder, or a network as mgic cost takes it: NAME:argument=value,..."
+    )
     parser.add_argument("--model_args", type=dict, default={}, help="arguments of a network given by name")
     parser.add_argument("--pretrained", action="store_true", help="fetch the weights that belong to the name")
     parser.add_argument(
@@ -153,6 +155,8 @@ def _print_budget(report: "ConversionReport", say: Any) -> None:
 def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
     """Return the network, its name and arguments, and calibration inputs where they are asked for."""
     from .models import build_model
+    from .models.spelling import TORCHVISION, spelled
+    from .survey import input_size_of
     from .training.weights import fit_weights, load_start
 
     folder = Path(args.source)
@@ -166,24 +170,19 @@ def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tens
         return run.model, run.recipe.model, run.arguments, _calibration(args, run)
     if args.pretrained and args.checkpoint:
         raise UserError("give one of --pretrained and --checkpoint")
-    arguments = dict(args.model_args)
+    name, arguments, size = spelled(args.source)
+    arguments |= args.model_args
     weights = (
-        {} if not args.pretrained else {"weights": "DEFAULT"} if _torchvision(args.source) else {"pretrained": True}
+        {} if not args.pretrained else {"weights": "DEFAULT"} if name.startswith(TORCHVISION) else {"pretrained": True}
     )
-    model = build_model(args.source, {**arguments, **weights})
+    model = build_model(name, {**arguments, **weights})
+    if size and args.input_size is None:
+        args.input_size = [input_size_of(model)[0], size, size]
     if args.checkpoint is not None:
-        fit_weights(
-            model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {args.source}"
-        )
+        fit_weights(model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {name}")
     if args.warm_start and args.data is None:
         raise UserError("--warm_start of a network given by name needs calibration data: --data")
-    return model.eval(), args.source, arguments, _calibration(args, None)
-
-
-def _torchvision(name: str) -> bool:
-    from .models import TORCHVISION
-
-    return name.startswith(TORCHVISION)
+    return model.eval(), name, arguments, _calibration(args, None)
 
 
 def _calibration(args: Namespace, run: "TrainedNetwork | None") -> "list[Tensor]":

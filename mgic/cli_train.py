@@ -32,7 +32,7 @@ EXAMPLES = {
   torchrun --nproc-per-node 8 -m mgic train --recipe imagenet_mgic_resnet50 --data shards:imagenet --out runs/g
 
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
---model_args.NAME one of them.""",
+--model_args.NAME one of them, and so does --model NAME:argument=value,...""",
     "evaluate": "  mgic evaluate runs/a --split train",
     "predict": """  mgic predict runs/camvid photo.jpg folder/ --out overlays
   mgic predict runs/solids cup.off --json""",
@@ -87,6 +87,13 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
     values |= {key: args[key] for key in values if key in flags}
     if args.teacher and not (values["distill_weight"] or values["distill_features"] or "distill_weight" in flags):
         values["distill_weight"] = DISTILL_WEIGHT
+    if isinstance(values["model"], str):
+        from .models.spelling import spelled
+
+        asked = spelled(values["model"])
+        if asked.size:
+            raise UserError(f"--model {values['model']}: the size of images is their data's, not the network's")
+        values |= {"model": asked.name, "model_args": {**values["model_args"], **asked.arguments}}
     return Recipe.from_dict(values)
 
 

@@ -494,3 +494,20 @@ def test_help_spells_flags_one_way(verb, capsys):
         main([verb, "--help"])
     ours = capsys.readouterr().out.replace("torchrun --nproc-per-node", "")
     assert not re.findall(r"--\w+-\w+", ours)
+
+
+def test_a_network_and_its_arguments_are_one_word(call, tmp_path):
+    """As ``mgic bench`` and ``mgic export`` take them; what flags say of the same wins."""
+    dotted = call("cost", "mgic_resnet20", "--model_args", "{group_size: 4}", "--input_size=[3, 48, 48]", "--json")
+    assert dotted[0] == 0
+    assert call("cost", "mgic_resnet20@48:group_size=4", "--json") == dotted
+    assert call("cost", "mgic_resnet20@48:group_size=8", "--model_args", "{group_size: 4}", "--json") == dotted
+    words = ["train", "--recipe=fashion_mnist_mgiad20", "--print_recipe"]
+    assert call(*words, "--model=mgiad20:group_size=4") == call(*words, "--model=mgiad20", "--model_args.group_size=4")
+    status, _, said = call(*words, "--model=mgiad20@32")
+    assert status == 2
+    assert "the size of images is their data's" in said
+    flags = ("--dry_run", "--group_size=4", "--coarsest=8", "--json")
+    whole = call("convert", "resnet20", "--model_args", "{width: 2}", "--input_size=[3, 16, 16]", *flags)
+    assert whole[0] == 0
+    assert call("convert", "resnet20@16:width=2", *flags) == whole

@@ -1,6 +1,5 @@
 """What is timed: networks by name or files that were exported, and the ways to run them."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 from ..counting import Cost, cost
 from ..errors import UserError
 from ..exporting import describe_artefact, format_of, load_artefact
-from ..models import TORCHVISION, build_model
+from ..models import build_model
+from ..models.spelling import spelled
 from ..runtime.paths import PATHS, PathUnavailable, Run, eager
 from ..survey import input_size_of
 from ..training.fast import fast_training_
@@ -56,31 +56,13 @@ class Network:
 
     @classmethod
     def parse(cls, text: str) -> "Network":
-        """Read ``name``, ``name@SIZE``, ``name:argument=value,...`` or ``name@SIZE:argument=value,...``.
-
-        A value may be a list or a mapping in brackets; the name may begin with ``torchvision:``.
-
-        Raises:
-            UserError: If the text is none of these.
+        """Read ``name@SIZE:argument=value,...``, see `mgic.models.spelling.spelled`.
 
         Examples:
             >>> Network.parse("mgic_resnet50@160:group_size=8,coarsest=16")
             Network(name='mgic_resnet50', args={'group_size': 8, 'coarsest': 16}, size=160)
-            >>> Network.parse("torchvision:resnet18:conversion={group_size: 8, coarsest: 16}").args
-            {'conversion': {'group_size': 8, 'coarsest': 16}}
         """
-        library = TORCHVISION if text.startswith(TORCHVISION) else ""
-        head, _, rest = text.removeprefix(library).partition(":")
-        name, _, size = head.partition("@")
-        # a comma between two arguments is one that no closing bracket follows before the next opening one
-        pairs = [pair.partition("=") for pair in re.split(r",(?![^\[{]*[\]}])", rest) if rest]
-        if not name or not all(key and equals and value for key, equals, value in pairs) or not (size or "1").isdigit():
-            raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}")
-        try:
-            args = {key: yaml.safe_load(value) for key, _, value in pairs}
-        except yaml.YAMLError as error:
-            raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}") from error
-        return cls(library + name, args, int(size) if size else None)
+        return cls(*spelled(text))
 
     def __str__(self) -> str:
         size = f"@{self.size}" if self.size else ""

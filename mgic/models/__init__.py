@@ -13,14 +13,11 @@ from ..errors import BROKEN, UserError, suggest
 from . import functions, mg2020, mgnet, mobilenetv3, points, resnet, segmentation
 from .classifier import known_arguments
 from .parts import with_parts
+from .spelling import TORCHVISION
 
 _CLASSIFIERS = (mg2020, mgnet, mobilenetv3, resnet)
 _OTHERS = {make.__name__: make for module in (functions, points, segmentation) for make in module.NETWORKS}
 """Networks by name that are not image classifiers, so not for timm's registry: ``NETWORKS`` of their modules."""
-
-
-TORCHVISION = "torchvision:"
-"""What the names of torchvision's networks start with here: timm has other networks of the same names."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
