@@ -31,12 +31,25 @@ def plain_prolongation(relaxed: Tensor, restricted: Tensor) -> Tensor:
     return relaxed
 
 
-def scaled_correction(scale: float) -> Correction:
-    """Return the tau-correction damped (below 1) or amplified (Ephrath et al. 2020, Sec. 4.2).
+@dataclass(frozen=True)
+class scaled_correction:  # noqa: N801  (called as the others are; equal scales are equal corrections, and it can be pickled)
+    """The tau-correction damped (below 1) or amplified (Ephrath et al. 2020, Sec. 4.2).
 
     A batch norm after the prolongation undoes any scale while it trains; use another norm in the `Scheme`.
+
+    Args:
+        scale: What the correction is multiplied by.
+
+    Examples:
+        >>> scaled_correction(0.5)(torch.tensor(3.0), torch.tensor(1.0))
+        tensor(1.)
     """
-    return lambda relaxed, restricted: scale * (relaxed - restricted)
+
+    scale: float
+
+    def __call__(self, relaxed: Tensor, restricted: Tensor) -> Tensor:
+        """Prolong ``scale * (y - R x)``."""
+        return self.scale * (relaxed - restricted)
 
 
 def multiplicative(block: "MGICBlock", x: Tensor, *context: Any) -> Tensor:

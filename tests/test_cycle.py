@@ -1,4 +1,5 @@
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -155,6 +156,7 @@ def test_a_scaled_correction_scales_the_coarse_change():
     change = block(x) - x
     block.correction = scaled_correction(0.5)
     torch.testing.assert_close(block(x) - x, 0.5 * change)
+    assert pickle.loads(pickle.dumps(block)).correction == scaled_correction(0.5) != scaled_correction(1)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
