@@ -111,7 +111,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         )
         for id_, row in rows.items()
     ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+    rule = ["---:" if name in ("trials", "passes", "s") else "---" for name in columns]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *lines))
     return f"""# Faults it survives
 
 `make faults` tried each fault so often; `make test` tries each of them less often. The record is `results/faults.json`.
