@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,7 @@ def run_convert(args: Namespace, given: Sequence[str]) -> int:
     if args.target_ms is not None:
         options["threads"] = args.threads or 1
     converted, report = convert(model, Conversion(args.group_size, args.coarsest, args.blocks, args.linear), **options)
+    report = replace(report, model=name)  # torchvision's networks know their class only
     fits: list[Fit] = []
     if args.warm_start and not args.dry_run and any(row.replaced for row in report.rows):
         from .fitting import warm_start_
