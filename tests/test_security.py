@@ -18,7 +18,7 @@ MAY_RUN_PROGRAMS = {"build.py", "records.py"}
 """Files that run a program: the C++ compiler, and ``git`` for the commit of a record. Lists of words, never a shell."""
 MAY_IMPORT_BY_NAME = {"__init__.py", "paths.py", "points.py", "cases.py"}
 """Files that import a module whose name they hold: public names on first use, and extras."""
-MAY_LOAD_LIBRARIES = {"build.py", "timing.py"}
+MAY_LOAD_LIBRARIES = {"build.py", "memory.py", "timing.py"}
 """Files that load a native library: the engine that was just compiled, and the C library."""
 
 
