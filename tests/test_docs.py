@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 from pages import run_page
@@ -203,3 +204,12 @@ def test_the_table_of_solids_is_the_records():
         params = f"{metrics['params']['mean']:,.0f}" if "params" in metrics else "-"  # the linear model is no network
         rows.append([name, params, str(seeds), score])
     assert table("docs/beyond.md", "solids") == rows
+
+
+def test_what_kept_memory_is_worth_is_the_record():
+    kept = record("kept-memory.json")
+    ratios = [median(metric["values"]) for metric in kept["metrics"].values()]
+    held = [peak["kept"] / peak["given_back"] for peak in kept["peak_mib"].values()]
+    said = " ".join((ROOT / "docs/choosing.md").read_text().split())
+    assert f"take {min(ratios):.2f} to {max(ratios):.2f} of the time" in said
+    assert f"hold up to {max(held):.2f} times the memory" in said
