@@ -83,16 +83,13 @@ def _run_cost(args: Namespace) -> int:
 
     from .counting import breakdown, cost, memory
     from .models import build_model
-    from .models.spelling import spelled
-    from .survey import input_size_of
+    from .models.spelling import input_size, spelled
 
     asked = spelled(args.model)
     args.model, args.model_args = asked.name, {**asked.arguments, **args.model_args}
     with torch.device("meta"):
         model = build_model(args.model, args.model_args)
-    size = tuple(args.input_size or input_size_of(model))
-    if asked.size and not args.input_size:
-        size = (size[0], asked.size, asked.size)
+    size = tuple(args.input_size or input_size(model, asked.size))
     if args.scaling:
         return _run_scaling(args, size)
     if args.plot is not None:

@@ -157,8 +157,7 @@ def _print_budget(report: "ConversionReport", say: Any) -> None:
 def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tensor]]":
     """Return the network, its name and arguments, and calibration inputs where they are asked for."""
     from .models import build_model
-    from .models.spelling import TORCHVISION, spelled
-    from .survey import input_size_of
+    from .models.spelling import TORCHVISION, input_size, spelled
     from .training.weights import fit_weights, load_start
 
     folder = Path(args.source)
@@ -179,7 +178,7 @@ def _source(args: Namespace) -> "tuple[nn.Module, str, dict[str, Any], list[Tens
     )
     model = build_model(name, {**arguments, **weights})
     if size and args.input_size is None:
-        args.input_size = [input_size_of(model)[0], size, size]
+        args.input_size = list(input_size(model, size))
     if args.checkpoint is not None:
         fit_weights(model, load_start(args.checkpoint).state_dict, f"{args.checkpoint}: its weights do not fit {name}")
     if args.warm_start and args.data is None:

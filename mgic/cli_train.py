@@ -32,7 +32,7 @@ EXAMPLES = {
   torchrun --nproc-per-node 8 -m mgic train --recipe imagenet_mgic_resnet50 --data shards:imagenet --out runs/g
 
 Flags win over --config, which wins over --recipe. --model_args replaces all arguments of the network,
---model_args.NAME one of them, and so does --model NAME:argument=value,...""",
+--model_args.NAME one of them, and so does --model NAME:argument=value,..., which flags win over too.""",
     "evaluate": "  mgic evaluate runs/a --split train",
     "predict": """  mgic predict runs/camvid photo.jpg folder/ --out overlays
   mgic predict runs/solids cup.off --json""",
@@ -93,7 +93,8 @@ def _recipe_from(args: Namespace, given: Sequence[str]) -> Recipe:
         asked = spelled(values["model"])
         if asked.size:
             raise UserError(f"--model {values['model']}: the size of images is their data's, not the network's")
-        values |= {"model": asked.name, "model_args": {**values["model_args"], **asked.arguments}}
+        flagged = args.model_args if any(flag.partition(".")[0] == "model_args" for flag in flags) else {}
+        values |= {"model": asked.name, "model_args": {**values["model_args"], **asked.arguments, **flagged}}
     return Recipe.from_dict(values)
 
 

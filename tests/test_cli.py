@@ -137,19 +137,19 @@ def test_calibration_sees_data_as_the_network_of_the_run_does(tiny, tmp_path, na
         (
             [
                 "train",
-                "--data=masks:/home/me/b",
+                "--data=masks:/photos/b",
                 "--root",
                 "/data",
                 "--config",
                 "/etc/c.yaml",
-                "--out=/tmp/a",
+                "--out=/runs/a",
                 "--lr=1",
             ],
             "train --data=masks:b --config c.yaml --lr=1 --out=RUN",
         ),
         (["experiment", "width", "--times", "--results", "r", "--plot", "p.png"], "experiment width --times --out=RUN"),
         (
-            ["convert", "/home/me/run", "--json", "--checkpoint=/a/w.safetensors", "--record", "r", "--steps", "3"],
+            ["convert", "/runs/run", "--json", "--checkpoint=/a/w.safetensors", "--record", "r", "--steps", "3"],
             "convert run --json --checkpoint=w.safetensors --steps 3",
         ),
         (["demo", "--out", "--odd", "--json_summary", "s.json", "--epochs", "2"], "demo --epochs 2"),
@@ -504,6 +504,8 @@ def test_a_network_and_its_arguments_are_one_word(call, tmp_path):
     assert call("cost", "mgic_resnet20@48:group_size=8", "--model_args", "{group_size: 4}", "--json") == dotted
     words = ["train", "--recipe=fashion_mnist_mgiad20", "--print_recipe"]
     assert call(*words, "--model=mgiad20:group_size=4") == call(*words, "--model=mgiad20", "--model_args.group_size=4")
+    both = call(*words, "--model=mgiad20:group_size=8", "--model_args.group_size=4")
+    assert both == call(*words, "--model=mgiad20:group_size=4")
     status, _, said = call(*words, "--model=mgiad20@32")
     assert status == 2
     assert "the size of images is their data's" in said

@@ -11,7 +11,7 @@ from mgic import cli_train
 from mgic.training.memory import keep_freed_memory
 from mgic.training.recipes import RECIPES
 
-glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it asks glibc, and this C library is another")
 
 FAULTS = """
 import resource

@@ -17,9 +17,8 @@ from ..counting import Cost, cost
 from ..errors import UserError
 from ..exporting import describe_artefact, format_of, load_artefact
 from ..models import build_model
-from ..models.spelling import spelled
+from ..models.spelling import input_size, spelled
 from ..runtime.paths import PATHS, PathUnavailable, Run, eager
-from ..survey import input_size_of
 from ..training.fast import fast_training_
 
 
@@ -87,8 +86,7 @@ class Network:
 
     def input_size(self, model: nn.Module) -> tuple[int, ...]:
         """Size of one input of the network that was built: pixels as asked for, or its own."""
-        channels, *pixels = input_size_of(model)
-        return (channels, *([self.size] * 2 if self.size else pixels))
+        return input_size(model, self.size)
 
     def cost(self) -> Cost:
         """Count it, with branches merged."""

@@ -4,8 +4,10 @@ import re
 from typing import Any, NamedTuple
 
 import yaml
+from torch import nn
 
 from ..errors import UserError
+from ..survey import input_size_of
 
 TORCHVISION = "torchvision:"
 """What the names of torchvision's networks start with here: timm has other networks of the same names."""
@@ -52,3 +54,9 @@ def spelled(text: str) -> Spelled:
     except yaml.YAMLError as error:
         raise UserError(f"a network is written name, name@SIZE or name:argument=value,..., got {text!r}") from error
     return Spelled(library + name, arguments, int(size) if size else None)
+
+
+def input_size(model: nn.Module, size: int | None) -> tuple[int, ...]:
+    """Return the size of an input of a network that was spelled: pixels as asked for, or its own; without the batch."""
+    channels, *pixels = input_size_of(model)
+    return (channels, *([size] * 2 if size else pixels))

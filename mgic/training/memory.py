@@ -21,4 +21,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     asked = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))  # -1: never trim
-    return all(mallopt(parameter, value) == 1 for parameter, value in asked)
+    answers = [mallopt(parameter, value) for parameter, value in asked]  # each is asked, whatever the others say
+    return all(answer == 1 for answer in answers)

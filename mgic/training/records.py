@@ -110,7 +110,7 @@ def command_of(given: Sequence[str], *written: str) -> str:
         written: Flags of the verb that name files to write, besides those of all verbs.
 
     Examples:
-        >>> command_of(["train", "--data", "masks:/home/me/b", "--out", "/tmp/a", "--lr=1"])
+        >>> command_of(["train", "--data", "masks:/photos/b", "--out", "/runs/a", "--lr=1"])
         'mgic train --data masks:b --lr=1 --out=RUN'
     """
     words, before, left_out = ["mgic"], "", (*_WRITTEN, *written)
