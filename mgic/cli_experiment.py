@@ -83,14 +83,17 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
 
 
 def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
-    """Seed by seed, so that what is done first can be compared; a variant's record holds the seeds done so far."""
-    from .experiments import EXPERIMENTS, file_name
+    """Seed by seed, so that what is done first can be compared; a variant's record holds the seeds done so far.
+
+    A variant whose record holds every seed is done, also where its runs are on another machine.
+    """
+    from .experiments import EXPERIMENTS, file_name, find_record
     from .training import (
         RunSummary,
         read_record,
         train,  # noqa: F401  (what is missing for it: said before the work)
     )
-    from .training.records import command_of
+    from .training.records import command_of, write_record
 
     experiment = EXPERIMENTS[name]
     seeds = check_seeds(list(experiment.seeds) if args.seeds is None else args.seeds)
@@ -98,14 +101,22 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
     recipes = {variant: _recipe(experiment, variant, args) for variant in variants}
     files = {variant: args.results / name / file_name(variant) for variant in variants}
     check_output(*files.values())
-    there = {variant: read_record(path)["seeds"] if path.exists() else [] for variant, path in files.items()}
+    out = console(stderr=True)
+    for variant in variants:
+        if (found := find_record(name, variant, seeds, args.results)) is not None:
+            out.print(f"{name}: {variant}: recorded in {found}, not trained again")
+            if found != files[variant]:
+                write_record(files[variant], read_record(found))
+            del recipes[variant]
+    if not recipes:
+        return
+    there = {variant: read_record(files[variant])["seeds"] if files[variant].exists() else [] for variant in recipes}
     for variant, recorded in there.items():
         if lost := sorted(set(recorded) - set(seeds)):
             raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
     set_threads(args.threads)
     data = {key: load_recipe_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
-    runs: dict[str, list[RunSummary]] = {variant: [] for variant in variants}
-    out = console(stderr=True)
+    runs: dict[str, list[RunSummary]] = {variant: [] for variant in recipes}
     for seed, (variant, recipe) in product(seeds, recipes.items()):
         done = sum(map(len, runs.values()))
         out.print(f"{name}, {done + 1} of {len(seeds) * len(recipes)}: {variant}, seed {seed}")

@@ -459,6 +459,30 @@ def read_outcomes(name: str, folder: Path) -> dict[str, Outcome]:
     return found
 
 
+def find_record(name: str, variant: str, seeds: Sequence[int], folder: Path) -> Path | None:
+    """A record of all ``seeds`` of a variant's recipe: the variant's own, or that of an experiment with the same recipe.
+
+    Args:
+        name: The experiment.
+        variant: The variant.
+        seeds: Asked for; a record of more seeds is none of these.
+        folder: Where the experiments' folders are.
+
+    Raises:
+        UserError: A record is none, or of another recipe than its variant's.
+    """
+    asked = EXPERIMENTS[name].recipe(variant)
+    shared = [(o, v) for o, e in EXPERIMENTS.items() if o != name for v in e.variants if e.recipe(v) == asked]
+    for other, same in ((name, variant), *shared):
+        path = folder / other / file_name(same)
+        if path.exists():
+            record = read_record(path)
+            _refuse_other(path, same, record.get("recipe", {}), asked)
+            if sorted(record["seeds"]) == sorted(seeds):
+                return path
+    return None
+
+
 def _refuse_other(path: Path, variant: str, stated: Mapping[str, Any], asked: Recipe) -> None:
     """A record counts for the recipe it is of, wherever its data lay and however it was run."""
     free = {"seed", "data", *EXECUTION_FIELDS}

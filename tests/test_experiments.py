@@ -174,6 +174,24 @@ def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_pat
         read_outcomes("grid", Path("results/experiments/grid"))
 
 
+def test_a_recorded_variant_is_done_also_where_its_runs_are_not(grid, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = replace(grid, variants={"same": grid.variants["ours: 1"], "theirs: 1": {"lr": 0.2}}, claims=())
+    monkeypatch.setitem(EXPERIMENTS, "shared", shared)
+    words = ["--accelerator", "cpu", "--seeds", "[0]"]
+    assert main(["experiment", "grid", "--out", "here", "--only", '["ours: 1"]', *words]) == 0
+    record = Path("results/experiments/grid") / file_name("ours: 1")
+    before = record.read_bytes()
+    capsys.readouterr()
+    assert main(["experiment", "grid", "--out", "there", "--only", '["ours: 1"]', *words]) == 0
+    assert f"ours: 1: recorded in {record}, not trained again" in capsys.readouterr().err
+    assert main(["experiment", "shared", "--out", "there", "--only", "[same]", *words]) == 0
+    assert (Path("results/experiments/shared") / "same.json").read_bytes() == before, "one run, two experiments"
+    assert not Path("there").exists()
+    assert main(["experiment", "shared", "--out", "there", *words]) == 0, "of the same name, but another recipe"
+    assert len(list(Path("there").iterdir())) == 1
+
+
 def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
