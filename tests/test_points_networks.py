@@ -153,10 +153,19 @@ def test_edgeconv_equals_its_definition_on_edges(training):
     weights = (x, *conv.parameters())
     probe = torch.randn(2, 9, 31, dtype=torch.float64)
     torch.testing.assert_close(conv(x), naive(x))
+    torch.testing.assert_close(conv(x, nearest(x, 5)), conv(x), rtol=0, atol=0)
     ours = torch.autograd.grad((conv(x) * probe).sum(), weights)
     theirs = torch.autograd.grad((naive(x) * probe).sum(), weights)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dgcnn_has_one_graph_of_positions_or_one_of_its_features_in_each_layer(dynamic, monkeypatch):
+    found = []
+    monkeypatch.setattr("mgic.models.points.nearest", lambda x, k: found.append((x.shape[1], k)) or nearest(x, k))
+    mgic.create_model("dgcnn", k=7, dynamic=dynamic)(torch.randn(2, 3, 20))
+    assert found == ([(3, 7), *[(64, 7)] * 5] if dynamic else [(3, 7)])
 
 
 @pytest.mark.parametrize("cycle", [mgic.multiplicative, mgic.additive])
@@ -351,5 +360,5 @@ def test_a_point_needs_three_coordinates():
         mgic.create_model("dgcnn", in_chans=2)
     with pytest.raises(UserError, match=r"width=0\.001 leaves none of the 64 channels"):
         mgic.create_model("dgcnn", width=0.001)
-    with pytest.raises(UserError, match="dgcnn has no argument 'neighbours'; it has k, width"):
+    with pytest.raises(UserError, match="dgcnn has no argument 'neighbours'; it has k, width, dynamic"):
         mgic.create_model("dgcnn", neighbours=3)

@@ -146,22 +146,23 @@ class DiffConv(nn.Module):
 
 
 class EdgeConv(nn.Module):
-    """Graph convolution of DGCNN: ``relu(N max_j h(x_i, x_j - x_i))`` over the nearest neighbours *in feature space*.
+    """Graph convolution of DGCNN: ``relu(N max_j h(x_i, x_j - x_i))`` over the neighbours of each point.
 
-    ``h`` is two 1x1 convolutions with a norm and an activation between them (Wang et al. 2019; its inner width is not printed
-    by Eliasof et al.: 128 gives the parameters of their Table 11). The first convolution, ``(W1 - W2) x_i + W2 x_j``, is
-    applied to points, not to their ``K`` times as many edges.
+    They are those of the graph it is called with, or, called without one, the nearest *in feature space*. ``h`` is two 1x1
+    convolutions with a norm and an activation between them (Wang et al. 2019; its inner width is not printed by Eliasof et
+    al.: 128 gives the parameters of their Table 11). The first convolution, ``(W1 - W2) x_i + W2 x_j``, is applied to
+    points, not to their ``K`` times as many edges.
 
     Args:
         in_channels: Width before.
         out_channels: Width after.
-        k: Neighbours, the point itself among them.
+        k: Neighbours where it is called without a graph, the point itself among them.
         hidden: Width between the convolutions.
         norm: Makes the norm of a width, for edges (2d) and then for points (1d).
         act: Makes the activation.
 
     Shape:
-        ``(N, in_channels, P) -> (N, out_channels, P)``
+        ``(N, in_channels, P), (N, P, K) -> (N, out_channels, P)``
     """
 
     def __init__(
@@ -182,11 +183,13 @@ class EdgeConv(nn.Module):
         self.norm2 = norm[1](out_channels)
         self.act2 = act()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
+    def forward(self, x: Tensor, neighbours: Tensor | None = None) -> Tensor:
+        """Apply the layer, on a graph or on that of its own features."""
+        if neighbours is None:
+            neighbours = nearest(x, self.k)
         own, difference = self.conv1.weight.chunk(2, dim=1)
         at_point, at_neighbour = (F.linear(x.mT, w.squeeze(-1)).mT for w in (own - difference, difference))
-        edges = at_point.unsqueeze(-1) + gather(at_neighbour, nearest(x, self.k))
+        edges = at_point.unsqueeze(-1) + gather(at_neighbour, neighbours)
         y = self.conv2(self.act1(self.norm1(edges))).amax(-1)
         return self.act2(self.norm2(y))  # type: ignore[no-any-return]
 
@@ -237,8 +240,13 @@ class GraphStage(nn.Module):
 
 
 def no_graph(points: Tensor) -> tuple[Tensor, ...]:
-    """Leave the graph to the layers: those of DGCNN look for neighbours among their own features."""
+    """Leave the graph to the layers: each `EdgeConv` looks for neighbours among its own features."""
     return ()
+
+
+def nearest_points(points: Tensor, k: int) -> tuple[Tensor]:
+    """The graph of `EdgeConv`: the ``k`` nearest points of each point, found once for all layers."""
+    return (nearest(points, k),)
 
 
 class PointClassifier(nn.Module):
@@ -332,18 +340,25 @@ CHANNELS = 64
 """Width of Table 10."""
 
 
-def dgcnn(k: int = 10, width: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
+def dgcnn(
+    k: int = 10, width: float = 1.0, dynamic: bool = False, num_classes: int = 10, in_chans: int = 3
+) -> PointClassifier:
     """DGCNN with the narrow classifier of Sec. 4.5 (Tables 10 and 11).
+
+    The paper says of all its networks that ten nearest neighbours define the adjacency matrix: one graph, of positions.
+    DGCNN's own paper (Wang et al. 2019) finds another in each layer, among features: ``dynamic``.
 
     Args:
         k: Neighbours, the point itself among them; 1 cuts the graph.
         width: Multiplies the 64 channels.
+        dynamic: Look for neighbours anew in each layer, among its features.
         num_classes: Outputs; 0 for features.
         in_chans: Channels of a point, its position first.
     """
     channels = _channels(width)
     conv = partial(EdgeConv, k=k, hidden=2 * channels)
-    return PointClassifier(conv, lambda channels: conv(channels, channels), no_graph, channels, num_classes, in_chans)
+    graph = no_graph if dynamic else partial(nearest_points, k=k)
+    return PointClassifier(conv, lambda channels: conv(channels, channels), graph, channels, num_classes, in_chans)
 
 
 def diffgcn(k: int = 10, width: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
