@@ -83,17 +83,13 @@ def run_experiment(args: Namespace, given: Sequence[str]) -> int:
 
 
 def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
-    """Seed by seed, so that what is done first can be compared; a variant's record holds the seeds done so far.
-
-    A variant whose record holds every seed is done, also where its runs are on another machine.
-    """
-    from .experiments import EXPERIMENTS, file_name, find_record
+    """Train what no record holds, seed by seed, so that what is done first can be compared."""
+    from .experiments import EXPERIMENTS, file_name, recorded_runs
     from .training import (
-        RunSummary,
         read_record,
         train,  # noqa: F401  (what is missing for it: said before the work)
     )
-    from .training.records import command_of, write_record
+    from .training.records import command_of
 
     experiment = EXPERIMENTS[name]
     seeds = check_seeds(list(experiment.seeds) if args.seeds is None else args.seeds)
@@ -101,29 +97,33 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
     recipes = {variant: _recipe(experiment, variant, args) for variant in variants}
     files = {variant: args.results / name / file_name(variant) for variant in variants}
     check_output(*files.values())
-    out = console(stderr=True)
-    for variant in variants:
-        if (found := find_record(name, variant, seeds, args.results)) is not None:
-            out.print(f"{name}: {variant}: recorded in {found}, not trained again")
-            if found != files[variant]:
-                write_record(files[variant], read_record(found))
-            del recipes[variant]
-    if not recipes:
-        return
-    there = {variant: read_record(files[variant])["seeds"] if files[variant].exists() else [] for variant in recipes}
-    for variant, recorded in there.items():
+    held = {variant: read_record(path)["seeds"] if path.exists() else [] for variant, path in files.items()}
+    for variant, recorded in held.items():
         if lost := sorted(set(recorded) - set(seeds)):
             raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
+    runs = {variant: recorded_runs(name, variant, args.results) for variant in variants}
     set_threads(args.threads)
     data = {key: load_recipe_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
-    runs: dict[str, list[RunSummary]] = {variant: [] for variant in recipes}
-    for seed, (variant, recipe) in product(seeds, recipes.items()):
-        done = sum(map(len, runs.values()))
-        out.print(f"{name}, {done + 1} of {len(seeds) * len(recipes)}: {variant}, seed {seed}")
-        here, folder = data[_data_key(recipe)], args.out / _folder(recipe) / f"seed-{seed}"
-        runs[variant] += train_seeds(recipe, here, [seed], [folder], args, reuse=True)
-        if set(there[variant]) <= set(seeds[: len(runs[variant])]):  # never fewer than it held
-            write_training_record(files[variant], recipe, here, runs[variant], command_of(given))
+    for variant, recipe in recipes.items():
+        for run in runs[variant].values():
+            if run.data_note != (note := data[_data_key(recipe)].note):
+                raise UserError(
+                    f"{variant!r}: a record in {args.results} has seed {run.seed} of other data: {run.data_note}, "
+                    f"not {note}"
+                )
+    out = console(stderr=True)
+    for k, (seed, (variant, recipe)) in enumerate(product(seeds, recipes.items()), 1):
+        known, here = runs[variant], data[_data_key(recipe)]
+        out.print(
+            f"{name}, {k} of {len(seeds) * len(recipes)}: {variant}, seed {seed}{': recorded' if seed in known else ''}"
+        )
+        if seed not in known:
+            folder = args.out / _folder(recipe) / f"seed-{seed}"
+            (known[seed],) = train_seeds(recipe, here, [seed], [folder], args, reuse=True)
+        done = [s for s in seeds if s in known]
+        if done != held[variant]:
+            write_training_record(files[variant], recipe, here, [known[s] for s in done], command_of(given))
+            held[variant] = done
 
 
 def _recipe(experiment: "Experiment", variant: str, args: Namespace) -> "Recipe":

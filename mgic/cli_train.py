@@ -223,7 +223,7 @@ def write_training_record(
     sources: dict[str, Any] | None = None,
 ) -> None:
     """Write the record of runs of one recipe."""
-    from .training.records import make_record, training_metrics, without_folder, write_record
+    from .training.records import make_record, origins_of, training_metrics, without_folder, write_record
 
     task = data.task
     notes = [
@@ -242,7 +242,7 @@ def write_training_record(
         [run.seed for run in runs],
         training_metrics(runs),
         notes=notes,
-        origin=runs[-1].origin,
+        origin=origins_of(runs),
         recipe=stated,
         history=[run.history for run in runs],
         **(sources or {}),

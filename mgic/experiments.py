@@ -13,8 +13,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .errors import UserError, suggest
-from .training import Recipe, read_record
+from .training import Recipe, RunSummary, read_record
 from .training.recipes import EXECUTION_FIELDS, FASHION_MNIST, FASHION_MNIST_MGIAD20
+from .training.records import runs_of
 
 CONFIDENCE = 0.95
 QUANTITIES: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -459,28 +460,26 @@ def read_outcomes(name: str, folder: Path) -> dict[str, Outcome]:
     return found
 
 
-def find_record(name: str, variant: str, seeds: Sequence[int], folder: Path) -> Path | None:
-    """A record of all ``seeds`` of a variant's recipe: the variant's own, or that of an experiment with the same recipe.
+def recorded_runs(name: str, variant: str, folder: Path) -> dict[int, RunSummary]:
+    """Runs of a variant's recipe in records, by seed: its own record's, and those of experiments that share the recipe.
 
     Args:
         name: The experiment.
         variant: The variant.
-        seeds: Asked for; a record of more seeds is none of these.
         folder: Where the experiments' folders are.
 
     Raises:
         UserError: A record is none, or of another recipe than its variant's.
     """
-    asked = EXPERIMENTS[name].recipe(variant)
+    asked, runs = EXPERIMENTS[name].recipe(variant), {}
     shared = [(o, v) for o, e in EXPERIMENTS.items() if o != name for v in e.variants if e.recipe(v) == asked]
     for other, same in ((name, variant), *shared):
         path = folder / other / file_name(same)
         if path.exists():
             record = read_record(path)
             _refuse_other(path, same, record.get("recipe", {}), asked)
-            if sorted(record["seeds"]) == sorted(seeds):
-                return path
-    return None
+            runs.update({run.seed: run for run in runs_of(record) if run.seed not in runs})
+    return runs
 
 
 def _refuse_other(path: Path, variant: str, stated: Mapping[str, Any], asked: Recipe) -> None:

@@ -155,7 +155,7 @@ def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_pat
     assert "1 of 6 runs recorded" in capsys.readouterr().out
     assert main(words) == 0
     said = capsys.readouterr()
-    assert said.err.count("finished before, not trained again") >= 1
+    assert said.err.count(": recorded") == 1
     assert "6 of 6 runs recorded" in said.out
     record = read_record(Path("results/experiments/grid") / file_name("ours: 1"))
     assert (record["seeds"], record["recipe"]["model"]) == ([0, 1], "mgic_resnet20")
@@ -174,22 +174,41 @@ def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_pat
         read_outcomes("grid", Path("results/experiments/grid"))
 
 
-def test_a_recorded_variant_is_done_also_where_its_runs_are_not(grid, tmp_path, capsys, monkeypatch):
+def test_what_is_recorded_is_not_trained_again_also_where_its_runs_are_not(grid, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shared = replace(grid, variants={"same": grid.variants["ours: 1"], "theirs: 1": {"lr": 0.2}}, claims=())
     monkeypatch.setitem(EXPERIMENTS, "shared", shared)
-    words = ["--accelerator", "cpu", "--seeds", "[0]"]
-    assert main(["experiment", "grid", "--out", "here", "--only", '["ours: 1"]', *words]) == 0
+
+    def run(name, out, only, seeds="[0]"):
+        return main(["experiment", name, "--out", out, "--only", only, "--seeds", seeds, "--accelerator", "cpu"])
+
+    assert run("grid", "here", '["ours: 1"]') == 0
     record = Path("results/experiments/grid") / file_name("ours: 1")
     before = record.read_bytes()
     capsys.readouterr()
-    assert main(["experiment", "grid", "--out", "there", "--only", '["ours: 1"]', *words]) == 0
-    assert f"ours: 1: recorded in {record}, not trained again" in capsys.readouterr().err
-    assert main(["experiment", "shared", "--out", "there", "--only", "[same]", *words]) == 0
-    assert (Path("results/experiments/shared") / "same.json").read_bytes() == before, "one run, two experiments"
+    assert run("grid", "there", '["ours: 1"]') == 0
+    assert "ours: 1, seed 0: recorded" in capsys.readouterr().err
+    assert run("shared", "there", "[same]") == 0
+    assert record.read_bytes() == before, "nothing new"
+    same = Path("results/experiments/shared/same.json")
+    one, other = read_record(record), read_record(same)
+    assert {**one, "command": ""} == {**other, "command": ""}, "one run, two experiments"
     assert not Path("there").exists()
-    assert main(["experiment", "shared", "--out", "there", *words]) == 0, "of the same name, but another recipe"
-    assert len(list(Path("there").iterdir())) == 1
+    assert run("shared", "there", '["theirs: 1"]') == 0, "of the same name, but another recipe"
+    monkeypatch.setattr("mgic.training.records.commit", lambda: {"id": "1" * 40, "dirty": False})
+    assert run("shared", "there", "[same]", "[1, 0]") == 0
+    assert sorted(p.name for p in Path("there").glob("mgic*/*")) == ["seed-1"]
+    found = read_record(same)
+    assert (found["seeds"], found["metrics"]["test_accuracy"]["values"][1]) == (
+        [1, 0],
+        other["metrics"]["test_accuracy"]["mean"],
+    )
+    assert [o["commit"]["id"] for o in found["origins"]] == ["1" * 40, other["commit"]["id"]]
+    assert "seed 0 was finished with another commit" in found["notes"][-1]
+    capsys.readouterr()
+    same.write_text(json.dumps(found | {"data": "half of the digits"}))
+    assert run("shared", "there", "[same]", "[0, 1, 2]") == 2
+    assert "has seed 1 of other data: half of the digits" in capsys.readouterr().err
 
 
 def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeypatch, capsys):

@@ -129,14 +129,52 @@ def command_of(given: Sequence[str], *written: str) -> str:
     return shlex.join([*words, "--out=RUN"] if {"train", "experiment"} & set(words[:2]) else words)
 
 
+FACTS = ("epochs", "seconds_per_epoch", "params", "skipped_steps")
+"""Numbers of a run that are no metrics, but stand among them in a record."""
+ORIGIN = ("commit", "date", "machine", "versions")
+"""Where a run was finished."""
+
+
 def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
     """What a record of training runs states: the metrics of both splits, epochs, seconds an epoch, skipped steps."""
     common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
-    facts = ("epochs", "seconds_per_epoch", "params", "skipped_steps")
     return {
         **{name: [run.metrics[name] for run in runs] for name in common},
-        **{name: [getattr(run, name) for run in runs] for name in facts},
+        **{name: [getattr(run, name) for run in runs] for name in FACTS},
     }
+
+
+def origins_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
+    """What a record says of where its runs were finished: the last one's origin, and all of them where they differ."""
+    origins = [{key: run.origin[key] for key in ORIGIN} for run in runs]
+    apart = any(one[key] != origins[0][key] for one in origins for key in ORIGIN if key != "date")
+    return {**origins[-1], **({"origins": origins} if apart else {})}
+
+
+def runs_of(record: Mapping[str, Any]) -> list[RunSummary]:
+    """The runs that a record of training states, as they were but for the samples that could not be read.
+
+    Args:
+        record: Of one recipe, with its ``recipe`` and ``history``.
+    """
+    from .loop import RunSummary
+
+    origins = record.get("origins", [{key: record[key] for key in ORIGIN}] * record["n"])
+    return [
+        RunSummary(
+            model=record["recipe"]["model"],
+            data=record["recipe"]["data"],
+            seed=seed,
+            steps=int(history[-1]["step"]),
+            metrics={name: m["values"][k] for name, m in record["metrics"].items() if name not in FACTS},
+            history=history,
+            resumed_from=0,
+            origin=origin,
+            data_note=record["data"],
+            **{name: record["metrics"][name]["values"][k] for name in FACTS},
+        )
+        for k, (seed, history, origin) in enumerate(zip(record["seeds"], record["history"], origins, strict=True))
+    ]
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
