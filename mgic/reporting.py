@@ -293,6 +293,8 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
         outcomes: By experiment and variant.
     """
     lines = ["# Experiments", "", _EXPERIMENTS]
+    if rows := [row for name, found in outcomes.items() for row in _summary(name, found)]:
+        lines += ["", "## In short", "", *_markdown_table(("experiment", "claim", "here", "difference (95 %)"), rows, 2)]
     for name, found in outcomes.items():
         lines += ["", f"## {name}", "", EXPERIMENTS[name].question, ""]
         if not found:
@@ -305,6 +307,12 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
         commits = sorted({str(o.record["commit"]["id"])[:9] for o in found.values()})
         lines += ["", f"Data: {first['data']}. Machine: {first['machine']['cpu']}. Commits: {', '.join(commits)}."]
     return "\n".join(lines) + "\n"
+
+
+def _summary(name: str, outcomes: Mapping[str, Outcome]) -> list[list[str]]:
+    """The claims of an experiment that its runs say anything about."""
+    cells = [claim_cells(finding) for finding in findings(name, outcomes) if finding.difference]
+    return [[name, claim, verdict, f"{difference}, n = {n}"] for claim, _, verdict, difference, n in cells]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> list[str]:
