@@ -97,33 +97,20 @@ def _train(name: str, args: Namespace, given: Sequence[str]) -> None:
     recipes = {variant: _recipe(experiment, variant, args) for variant in variants}
     files = {variant: args.results / name / file_name(variant) for variant in variants}
     check_output(*files.values())
-    held = {variant: read_record(path)["seeds"] if path.exists() else [] for variant, path in files.items()}
-    for variant, recorded in held.items():
-        if lost := sorted(set(recorded) - set(seeds)):
-            raise UserError(f"{files[variant]}: holds seeds {recorded}; give {lost} too, or remove the record")
-    runs = {variant: recorded_runs(name, variant, args.results) for variant in variants}
     set_threads(args.threads)
     data = {key: load_recipe_data(recipe, args) for key, recipe in {_data_key(r): r for r in recipes.values()}.items()}
-    for variant, recipe in recipes.items():
-        for run in runs[variant].values():
-            if run.data_note != (note := data[_data_key(recipe)].note):
-                raise UserError(
-                    f"{variant!r}: a record in {args.results} has seed {run.seed} of other data: {run.data_note}, "
-                    f"not {note}"
-                )
     out = console(stderr=True)
     for k, (seed, (variant, recipe)) in enumerate(product(seeds, recipes.items()), 1):
-        known, here = runs[variant], data[_data_key(recipe)]
-        out.print(
-            f"{name}, {k} of {len(seeds) * len(recipes)}: {variant}, seed {seed}{': recorded' if seed in known else ''}"
-        )
-        if seed not in known:
+        here, path = data[_data_key(recipe)], files[variant]
+        known = recorded_runs(name, variant, args.results, here.note)
+        recorded = ": recorded" if seed in known else ""
+        out.print(f"{name}, {k} of {len(seeds) * len(recipes)}: {variant}, seed {seed}{recorded}")
+        if not recorded:
             folder = args.out / _folder(recipe) / f"seed-{seed}"
-            (known[seed],) = train_seeds(recipe, here, [seed], [folder], args, reuse=True)
-        done = [s for s in seeds if s in known]
-        if done != held[variant]:
-            write_training_record(files[variant], recipe, here, [known[s] for s in done], command_of(given))
-            held[variant] = done
+            (run,) = train_seeds(recipe, here, [seed], [folder], args, reuse=True)
+            known = recorded_runs(name, variant, args.results, here.note) | {seed: run}  # others may have written since
+        if not path.exists() or len(known) > read_record(path)["n"]:
+            write_training_record(path, recipe, here, list(known.values()), command_of(given))
 
 
 def _recipe(experiment: "Experiment", variant: str, args: Namespace) -> "Recipe":

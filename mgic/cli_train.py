@@ -232,9 +232,7 @@ def write_training_record(
     for run in runs[1:]:
         changed = [key for key in ("commit", "machine", "versions") if run.origin[key] != runs[0].origin[key]]
         if changed:
-            notes.append(
-                f"seed {run.seed} was finished with another {', '.join(changed)}: {[run.origin[k] for k in changed]}"
-            )
+            notes.append(f"seed {run.seed} was finished with another {', '.join(changed)}: see origins")
     stated = recipe.to_dict() | {"data": without_folder(recipe.data)}  # no folder of this machine
     record = make_record(
         command,

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, suggest
-from .training import Recipe, RunSummary, read_record
+from .training import Recipe, read_record
 from .training.recipes import EXECUTION_FIELDS, FASHION_MNIST, FASHION_MNIST_MGIAD20
 from .training.records import runs_of
+
+if TYPE_CHECKING:
+    from .training import RunSummary
 
 CONFIDENCE = 0.95
 QUANTITIES: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -455,41 +458,56 @@ def read_outcomes(name: str, folder: Path) -> dict[str, Outcome]:
         if not path.exists():
             continue
         record, asked = read_record(path), experiment.recipe(variant)
-        _refuse_other(path, variant, record.get("recipe", {}), asked)
+        _refuse_other(path, variant, record, asked)
         found[variant] = Outcome(record, costs.get(variant, {}))
     return found
 
 
-def recorded_runs(name: str, variant: str, folder: Path) -> dict[int, RunSummary]:
-    """Runs of a variant's recipe in records, by seed: its own record's, and those of experiments that share the recipe.
+def recorded_runs(name: str, variant: str, folder: Path, data: str) -> "dict[int, RunSummary]":
+    """Runs of a variant that records hold, by seed: its own record's, then those of experiments with the same recipe.
+
+    A run counts whatever commit it is of. Other experiments' records that are of another recipe or other data are left alone.
 
     Args:
         name: The experiment.
         variant: The variant.
         folder: Where the experiments' folders are.
+        data: Provenance of the data the runs must be of, `mgic.data.Data.note`.
 
     Raises:
-        UserError: A record is none, or of another recipe than its variant's.
+        UserError: The variant's own record is none, or of another recipe or of other data.
     """
-    asked, runs = EXPERIMENTS[name].recipe(variant), {}
+    asked, own = EXPERIMENTS[name].recipe(variant), folder / name / file_name(variant)
+    runs: dict[int, RunSummary] = {}
+    if own.exists():
+        record = read_record(own)
+        _refuse_other(own, variant, record, asked)
+        if record["data"] != data:
+            raise UserError(
+                f"{own}: of other data: {record['data']}, not {data}; remove the record, or give another --results"
+            )
+        runs |= {run.seed: run for run in runs_of(record, own)}
     shared = [(o, v) for o, e in EXPERIMENTS.items() if o != name for v in e.variants if e.recipe(v) == asked]
-    for other, same in ((name, variant), *shared):
-        path = folder / other / file_name(same)
-        if path.exists():
-            record = read_record(path)
-            _refuse_other(path, same, record.get("recipe", {}), asked)
-            runs.update({run.seed: run for run in runs_of(record) if run.seed not in runs})
+    for path in (folder / other / file_name(same) for other, same in shared):
+        record = read_record(path) if path.exists() else {}
+        if record and record["data"] == data and _differs(record, asked) is None:
+            runs = {run.seed: run for run in runs_of(record, path)} | runs
     return runs
 
 
-def _refuse_other(path: Path, variant: str, stated: Mapping[str, Any], asked: Recipe) -> None:
+def _differs(record: Mapping[str, Any], asked: Recipe) -> tuple[str, Any, Any] | None:
     """A record counts for the recipe it is of, wherever its data lay and however it was run."""
-    free = {"seed", "data", *EXECUTION_FIELDS}
+    free, stated = {"seed", "data", *EXECUTION_FIELDS}, record.get("recipe", {})
     for key, value in asked.to_dict().items():
         if key not in free and stated.get(key) != value:
-            raise UserError(
-                f"{path}: {key} is {stated.get(key)!r}, but {variant!r} has {value!r}; remove the record, or train again"
-            )
+            return key, stated.get(key), value
+    return None
+
+
+def _refuse_other(path: Path, variant: str, record: Mapping[str, Any], asked: Recipe) -> None:
+    if (found := _differs(record, asked)) is not None:
+        key, stated, value = found
+        raise UserError(f"{path}: {key} is {stated!r}, but {variant!r} has {value!r}; remove the record")
 
 
 def findings(name: str, outcomes: Mapping[str, Outcome]) -> list[Finding]:

@@ -23,6 +23,7 @@ from .smoothing import SmoothingInChannels
 from .svg import Axis, Point, hierarchy, plot
 from .tables import build_table, table_ids
 from .training import read_records
+from .training.records import origins
 
 Record = dict[str, Any]
 MODELS = ("mgic_resnet56", "mgic_resnet50", "mgic_mobilenetv3_100", "mgiad18")
@@ -285,6 +286,16 @@ def _all(records: Mapping[str, Record]) -> Iterator[str]:
     head = ("record", "command", "runs", "commit", "date", "processor")
     rows = []
     for file, r in records.items():
-        commit = f"{str(r['commit'].get('id'))[:9]}{' (changed)' if r['commit'].get('dirty') else ''}"
-        rows.append([file, r["command"], str(r["n"]), commit, r["date"][:10], r["machine"].get("cpu") or ""])
+        commits, processors = (
+            dict.fromkeys(map(_commit, origins(r))),
+            {o["machine"].get("cpu") or "" for o in origins(r)},
+        )
+        rows.append(
+            [file, r["command"], str(r["n"]), ", ".join(commits), r["date"][:10], ", ".join(sorted(processors))]
+        )
     yield _table("records", head, rows, len(head), search=True)
+
+
+def _commit(origin: Mapping[str, Any]) -> str:
+    commit = origin["commit"]
+    return f"{str(commit.get('id'))[:9]}{' (changed)' if commit.get('dirty') else ''}"

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .experiments import EXPERIMENTS, Finding, Outcome, findings
+from .training.records import origins
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -258,6 +259,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OUTCOME_COLUMNS = ("variant", "params", "MACs", "ms", "runs", "train %", "test %")
+SUMMARY_COLUMNS = ("experiment", "claim", "here", "difference (95 %)", "n")
 CLAIM_COLUMNS = ("claim", "who says so", "here", "difference (95 %)", "n")
 
 
@@ -294,7 +296,7 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
     """
     lines = ["# Experiments", "", _EXPERIMENTS]
     if rows := [row for name, found in outcomes.items() for row in _summary(name, found)]:
-        lines += ["", "## In short", "", *_markdown_table(("experiment", "claim", "here", "difference (95 %)"), rows, 2)]
+        lines += ["", "## In short", "", *_markdown_table(SUMMARY_COLUMNS, rows, 3)]
     for name, found in outcomes.items():
         lines += ["", f"## {name}", "", EXPERIMENTS[name].question, ""]
         if not found:
@@ -303,16 +305,20 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
         rows = [outcome_cells(variant, outcome) for variant, outcome in found.items()]
         lines += [*_markdown_table(OUTCOME_COLUMNS, rows, 1), ""]
         lines += _markdown_table(CLAIM_COLUMNS, [claim_cells(f) for f in findings(name, found)], 3)
-        first = next(iter(found.values())).record
-        commits = sorted({str(o.record["commit"]["id"])[:9] for o in found.values()})
-        lines += ["", f"Data: {first['data']}. Machine: {first['machine']['cpu']}. Commits: {', '.join(commits)}."]
+        data = sorted({outcome.record["data"] for outcome in found.values()})
+        places = [origin for outcome in found.values() for origin in origins(outcome.record)]
+        machines = sorted({str(origin["machine"]["cpu"]) for origin in places})
+        commits = sorted({str(origin["commit"]["id"])[:9] for origin in places})
+        lines += ["", f"Data: {'; '.join(data)}. Machine: {', '.join(machines)}. Commits: {', '.join(commits)}."]
     return "\n".join(lines) + "\n"
 
 
 def _summary(name: str, outcomes: Mapping[str, Outcome]) -> list[list[str]]:
     """The claims of an experiment that its runs say anything about."""
-    cells = [claim_cells(finding) for finding in findings(name, outcomes) if finding.difference]
-    return [[name, claim, verdict, f"{difference}, n = {n}"] for claim, _, verdict, difference, n in cells]
+    found = [finding for finding in findings(name, outcomes) if finding.difference]
+    return [
+        [name, *(dict(zip(CLAIM_COLUMNS, claim_cells(f), strict=True))[c] for c in SUMMARY_COLUMNS[1:])] for f in found
+    ]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> list[str]:

@@ -30,6 +30,7 @@ from mgic.plots import plot_outcomes
 from mgic.reporting import experiments_markdown
 from mgic.tables import matching_records
 from mgic.training import RECIPES, read_record
+from mgic.training.records import origins, origins_of, runs_of, training_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,22 +167,28 @@ def test_the_verb_trains_what_is_missing_and_shows_what_came_of_it(grid, tmp_pat
     assert shown["variants"]["ours: 1"]["n"] == 2
     page = experiments_markdown({"grid": read_outcomes("grid", Path("results/experiments/grid"))})
     assert re.search(r"\| ours: 1 \| [\d,]+ \|", page)
-    assert main([*words, "--seeds", "[1]"]) == 2
-    assert "holds seeds [0, 1]; give [0] too" in capsys.readouterr().err
+    assert "\n## In short\n" in page
+    assert re.search(r"\| grid \| ours is better \| (undecided|holds|does not hold) \| [+-]", page)
+    assert main([*words, "--seeds", "[1]"]) == 0
     assert read_record(Path("results/experiments/grid") / file_name("ours: 1"))["seeds"] == [0, 1]
     monkeypatch.setitem(EXPERIMENTS, "grid", replace(grid, base=replace(grid.base, lr=0.5)))
     with pytest.raises(UserError, match=r"ours-1\.json: lr is 0.1, but 'ours: 1' has 0.5"):
         read_outcomes("grid", Path("results/experiments/grid"))
 
 
-def test_what_is_recorded_is_not_trained_again_also_where_its_runs_are_not(grid, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def shared(grid, monkeypatch):
+    """Another experiment with a variant of the grid, and one of the same name but another recipe."""
+    experiment = replace(grid, variants={"same": grid.variants["ours: 1"], "theirs: 1": {"lr": 0.2}}, claims=())
+    monkeypatch.setitem(EXPERIMENTS, "shared", experiment)
+
+
+def run(name, out, only, seeds="[0]"):
+    return main(["experiment", name, "--out", out, "--only", only, "--seeds", seeds, "--accelerator", "cpu"])
+
+
+def test_what_is_recorded_is_not_trained_again_also_where_its_runs_are_not(shared, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shared = replace(grid, variants={"same": grid.variants["ours: 1"], "theirs: 1": {"lr": 0.2}}, claims=())
-    monkeypatch.setitem(EXPERIMENTS, "shared", shared)
-
-    def run(name, out, only, seeds="[0]"):
-        return main(["experiment", name, "--out", out, "--only", only, "--seeds", seeds, "--accelerator", "cpu"])
-
     assert run("grid", "here", '["ours: 1"]') == 0
     record = Path("results/experiments/grid") / file_name("ours: 1")
     before = record.read_bytes()
@@ -194,21 +201,47 @@ def test_what_is_recorded_is_not_trained_again_also_where_its_runs_are_not(grid,
     one, other = read_record(record), read_record(same)
     assert {**one, "command": ""} == {**other, "command": ""}, "one run, two experiments"
     assert not Path("there").exists()
-    assert run("shared", "there", '["theirs: 1"]') == 0, "of the same name, but another recipe"
+    assert run("shared", "there", '["theirs: 1"]') == 0
+    assert len(list(Path("there").iterdir())) == 1, "of the same name, but another recipe"
+
+
+def test_runs_of_several_origins_make_one_record_that_states_each(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("shared", "here", "[same]") == 0
     monkeypatch.setattr("mgic.training.records.commit", lambda: {"id": "1" * 40, "dirty": False})
-    assert run("shared", "there", "[same]", "[1, 0]") == 0
-    assert sorted(p.name for p in Path("there").glob("mgic*/*")) == ["seed-1"]
+    same = Path("results/experiments/shared/same.json")
+    first = read_record(same)
+    assert run("shared", "there", "[same]", "[2, 0]") == 0
+    assert sorted(p.name for p in Path("there").glob("*/*")) == ["seed-2"]
     found = read_record(same)
-    assert (found["seeds"], found["metrics"]["test_accuracy"]["values"][1]) == (
-        [1, 0],
-        other["metrics"]["test_accuracy"]["mean"],
-    )
-    assert [o["commit"]["id"] for o in found["origins"]] == ["1" * 40, other["commit"]["id"]]
-    assert "seed 0 was finished with another commit" in found["notes"][-1]
-    capsys.readouterr()
-    same.write_text(json.dumps(found | {"data": "half of the digits"}))
-    assert run("shared", "there", "[same]", "[0, 1, 2]") == 2
-    assert "has seed 1 of other data: half of the digits" in capsys.readouterr().err
+    assert found["seeds"] == [0, 2]
+    assert found["metrics"]["test_accuracy"]["values"][0] == first["metrics"]["test_accuracy"]["mean"]
+    assert [o["commit"]["id"] for o in origins(found)] == [first["commit"]["id"], "1" * 40]
+    assert found["notes"][-1] == "seed 2 was finished with another commit: see origins"
+    assert {**found, **origins_of(runs_of(found, same))} == found
+    assert training_metrics(runs_of(found, same)) == {k: m["values"] for k, m in found["metrics"].items()}
+    for commit in (first["commit"]["id"], "1" * 40):
+        assert commit[:9] in experiments_markdown({"shared": read_outcomes("shared", same.parent)})
+
+
+def test_records_of_other_data_or_of_no_training_are_refused_and_those_of_other_experiments_left(
+    shared, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("shared", "here", "[same]") == 0
+    same = Path("results/experiments/shared/same.json")
+    found = read_record(same)
+    for wrong, said in (
+        ({"data": "half of the digits"}, r"same\.json: of other data: half of the digits, not .*; remove the record"),
+        ({"history": []}, r"same\.json: lacks recipe and the history of each run"),
+    ):
+        same.write_text(json.dumps(found | wrong))
+        capsys.readouterr()
+        assert run("shared", "here", "[same]") == 2
+        assert re.search(said, capsys.readouterr().err)
+    same.write_text(json.dumps(found | {"data": "half of the digits", "seeds": [5]}))
+    assert run("grid", "there", '["ours: 1"]') == 0
+    assert read_record(Path("results/experiments/grid") / file_name("ours: 1"))["seeds"] == [0]
 
 
 def test_costs_are_counted_and_the_fastest_path_is_taken(grid, tmp_path, monkeypatch, capsys):

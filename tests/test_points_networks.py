@@ -14,6 +14,7 @@ from mgic import MGICBlock, Scheme, UserError, averaging_pair
 from mgic.models.points import POINTS, DiffConv, EdgeConv, differential_operators, gather, nearest
 
 NETWORKS = ["dgcnn", "diffgcn", "mgic_diffgcn"]
+DYNAMIC = "dgcnn, dynamic"
 
 
 def cloud(batch=2, points=40, dtype=torch.float64):
@@ -139,25 +140,29 @@ def test_diffconv_in_groups_equals_convolutions_of_each_group_alone():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_edgeconv_equals_its_definition_on_edges(training):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_edgeconv_equals_its_definition_on_edges(training, dynamic):
     """The first convolution, split and moved to the points, is the one of (x_i, x_j - x_i): outputs and gradients."""
-    conv = settled(EdgeConv(6, 9, k=5, hidden=14)).train(training)
+    conv = settled(EdgeConv(6, 9, k=5 if dynamic else None, hidden=14)).train(training)
     x = torch.randn(2, 6, 31, dtype=torch.float64, requires_grad=True)
+    graph = () if dynamic else (nearest(torch.randn(2, 3, 31), 5),)
+    neighbours = nearest(x, 5) if dynamic else graph[0]
 
     def naive(x: Tensor) -> Tensor:
         centre = x.unsqueeze(-1).expand(-1, -1, -1, 5)
-        edges = torch.cat([centre, gather(x, nearest(x, 5)) - centre], dim=1)
+        edges = torch.cat([centre, gather(x, neighbours) - centre], dim=1)
         y = conv.act1(conv.norm1(F.conv2d(edges, conv.conv1.weight.unsqueeze(-1))))
         return conv.act2(conv.norm2(conv.conv2(y).amax(-1)))
 
     weights = (x, *conv.parameters())
     probe = torch.randn(2, 9, 31, dtype=torch.float64)
-    torch.testing.assert_close(conv(x), naive(x))
-    torch.testing.assert_close(conv(x, nearest(x, 5)), conv(x), rtol=0, atol=0)
-    ours = torch.autograd.grad((conv(x) * probe).sum(), weights)
+    torch.testing.assert_close(conv(x, *graph), naive(x))
+    ours = torch.autograd.grad((conv(x, *graph) * probe).sum(), weights)
     theirs = torch.autograd.grad((naive(x) * probe).sum(), weights)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+    with pytest.raises(UserError, match="is called without graph" if dynamic else "k=None is called with a graph"):
+        conv(x, *(() if graph else (neighbours,)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -219,39 +224,47 @@ def test_the_multigrid_block_on_edge_features_is_the_one_on_points_edge_by_edge(
     torch.testing.assert_close(blocks[1](x), blocks[0](x.flatten(2)).unflatten(2, (12, 5)))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def network(name, **arguments):
+    return (
+        mgic.create_model("dgcnn", dynamic=True, **arguments)
+        if name == DYNAMIC
+        else mgic.create_model(name, **arguments)
+    )
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_the_order_of_the_points_plays_no_part(name):
     """Features of points follow their points; the output stays. (Ties between distances are broken by place.)"""
-    model = settled(mgic.create_model(name, k=6))
+    model = settled(network(name, k=6))
     x, order = cloud(), torch.randperm(40)
     torch.testing.assert_close(model.forward_features(x[:, :, order]), model.forward_features(x)[:, :, order])
     torch.testing.assert_close(model(x[:, :, order]), model(x))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_a_cloud_is_judged_alone(name):
-    model = settled(mgic.create_model(name, k=6))
+    model = settled(network(name, k=6))
     x = cloud(3)
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_no_network_is_invariant_to_rotations_or_translations(name):
     """Coordinates are features, as in the paper: what turning changes must be learnt, and the docstring says so."""
-    model = settled(mgic.create_model(name, k=6))
+    model = settled(network(name, k=6))
     x = cloud()
     for other in (rotation() @ x, x + 0.5):
         assert (model(other) - model(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_one_neighbour_cuts_the_graph(name):
     """With k = 1 a point's features depend on that point alone; with k = 6 moving one point changes others."""
     x = cloud(1)
     moved = x.clone()
     moved[:, :, 0] += 0.3
     for k, others in ((1, False), (6, True)):
-        model = settled(mgic.create_model(name, k=k))
+        model = settled(network(name, k=k))
         change = (model.forward_features(moved) - model.forward_features(x)).abs().amax(1)[0]
         assert change[0] > 1e-4
         assert bool((change[1:] > 1e-6).any()) is others
@@ -276,16 +289,16 @@ def test_corrections_from_coarse_grids_start_at_zero():
     assert not torch.allclose(wake(model)(x), without)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_every_parameter_has_a_gradient(name):
-    model = mgic.create_model(name, num_classes=40, in_chans=5)
+    model = network(name, num_classes=40, in_chans=5)
     wake(model)(torch.randn(4, 5, 20)).square().sum().backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, DYNAMIC])
 def test_state_is_restored_and_the_classifier_replaced(name):
-    model, twin = settled(mgic.create_model(name)), mgic.create_model(name).double().eval()
+    model, twin = settled(network(name)), network(name).double().eval()
     twin.load_state_dict(model.state_dict())
     x = cloud()
     torch.testing.assert_close(twin(x), model(x), rtol=0, atol=0)

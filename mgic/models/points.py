@@ -148,7 +148,7 @@ class DiffConv(nn.Module):
 class EdgeConv(nn.Module):
     """Graph convolution of DGCNN: ``relu(N max_j h(x_i, x_j - x_i))`` over the neighbours of each point.
 
-    They are those of the graph it is called with, or, called without one, the nearest *in feature space*. ``h`` is two 1x1
+    They are those of the graph it is called with or, with ``k``, the nearest *in feature space*. ``h`` is two 1x1
     convolutions with a norm and an activation between them (Wang et al. 2019; its inner width is not printed by Eliasof et
     al.: 128 gives the parameters of their Table 11). The first convolution, ``(W1 - W2) x_i + W2 x_j``, is applied to
     points, not to their ``K`` times as many edges.
@@ -156,7 +156,7 @@ class EdgeConv(nn.Module):
     Args:
         in_channels: Width before.
         out_channels: Width after.
-        k: Neighbours where it is called without a graph, the point itself among them.
+        k: Neighbours in feature space, the point itself among them; None: it is called with a graph.
         hidden: Width between the convolutions.
         norm: Makes the norm of a width, for edges (2d) and then for points (1d).
         act: Makes the activation.
@@ -169,7 +169,7 @@ class EdgeConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        k: int = 10,
+        k: int | None = None,
         hidden: int = 128,
         norm: tuple[Layer, Layer] = (nn.BatchNorm2d, nn.BatchNorm1d),
         act: Layer = relu,
@@ -184,9 +184,11 @@ class EdgeConv(nn.Module):
         self.act2 = act()
 
     def forward(self, x: Tensor, neighbours: Tensor | None = None) -> Tensor:
-        """Apply the layer, on a graph or on that of its own features."""
-        if neighbours is None:
+        """Apply the layer."""
+        if neighbours is None and self.k is not None:
             neighbours = nearest(x, self.k)
+        elif neighbours is None or self.k is not None:
+            raise UserError(f"EdgeConv with k={self.k} is called {'with a' if self.k is None else 'without'} graph")
         own, difference = self.conv1.weight.chunk(2, dim=1)
         at_point, at_neighbour = (F.linear(x.mT, w.squeeze(-1)).mT for w in (own - difference, difference))
         edges = at_point.unsqueeze(-1) + gather(at_neighbour, neighbours)
@@ -194,8 +196,8 @@ class EdgeConv(nn.Module):
         return self.act2(self.norm2(y))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """Neighbours."""
-        return f"k={self.k}"
+        """Neighbours in feature space."""
+        return "" if self.k is None else f"k={self.k}"
 
 
 class MLP(nn.Sequential):
@@ -217,7 +219,7 @@ class MLP(nn.Sequential):
 
 
 class GraphStage(nn.Module):
-    """Graph convolutions on one graph, then an `MLP`.
+    """Graph convolutions that share what they are called with, then an `MLP`.
 
     Args:
         convs: Called ``(x, *graph)``, one after the other.
@@ -244,7 +246,7 @@ def no_graph(points: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def nearest_points(points: Tensor, k: int) -> tuple[Tensor]:
+def graph_of_positions(points: Tensor, k: int) -> tuple[Tensor]:
     """The graph of `EdgeConv`: the ``k`` nearest points of each point, found once for all layers."""
     return (nearest(points, k),)
 
@@ -345,8 +347,9 @@ def dgcnn(
 ) -> PointClassifier:
     """DGCNN with the narrow classifier of Sec. 4.5 (Tables 10 and 11).
 
-    The paper says of all its networks that ten nearest neighbours define the adjacency matrix: one graph, of positions.
-    DGCNN's own paper (Wang et al. 2019) finds another in each layer, among features: ``dynamic``.
+    The paper prints k-NN with k = 10 for all its networks and takes their architecture from Wang et al. 2019. Whether the
+    graph is found once, among positions, or anew in each layer, among features as in that work, it does not say. Here it is
+    found once, so that the networks of Table 11 differ in the convolution alone; ``dynamic`` is the other reading.
 
     Args:
         k: Neighbours, the point itself among them; 1 cuts the graph.
@@ -356,13 +359,13 @@ def dgcnn(
         in_chans: Channels of a point, its position first.
     """
     channels = _channels(width)
-    conv = partial(EdgeConv, k=k, hidden=2 * channels)
-    graph = no_graph if dynamic else partial(nearest_points, k=k)
+    conv = partial(EdgeConv, k=k if dynamic else None, hidden=2 * channels)
+    graph = no_graph if dynamic else partial(graph_of_positions, k=k)
     return PointClassifier(conv, lambda channels: conv(channels, channels), graph, channels, num_classes, in_chans)
 
 
 def diffgcn(k: int = 10, width: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> PointClassifier:
-    """Build diffGCN in the network of Table 10 (Table 11); arguments as `dgcnn`."""
+    """Build diffGCN in the network of Table 10 (Table 11); arguments as `dgcnn` but for ``dynamic``."""
     graph = partial(differential_operators, k=k)
     return PointClassifier(DiffConv, _diff_block, graph, _channels(width), num_classes, in_chans)
 

@@ -129,10 +129,10 @@ def command_of(given: Sequence[str], *written: str) -> str:
     return shlex.join([*words, "--out=RUN"] if {"train", "experiment"} & set(words[:2]) else words)
 
 
-FACTS = ("epochs", "seconds_per_epoch", "params", "skipped_steps")
+_FACTS = ("epochs", "seconds_per_epoch", "params", "skipped_steps")
 """Numbers of a run that are no metrics, but stand among them in a record."""
-ORIGIN = ("commit", "date", "machine", "versions")
-"""Where a run was finished."""
+_ORIGIN = ("commit", "date", "machine", "versions")
+"""Where and when a run was finished."""
 
 
 def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
@@ -140,40 +140,53 @@ def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
     common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
     return {
         **{name: [run.metrics[name] for run in runs] for name in common},
-        **{name: [getattr(run, name) for run in runs] for name in FACTS},
+        **{name: [getattr(run, name) for run in runs] for name in _FACTS},
     }
 
 
 def origins_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """What a record says of where its runs were finished: the last one's origin, and all of them where they differ."""
-    origins = [{key: run.origin[key] for key in ORIGIN} for run in runs]
-    apart = any(one[key] != origins[0][key] for one in origins for key in ORIGIN if key != "date")
+    origins = [{key: run.origin[key] for key in _ORIGIN} for run in runs]
+    apart = any(one[key] != origins[0][key] for one in origins for key in _ORIGIN if key != "date")
     return {**origins[-1], **({"origins": origins} if apart else {})}
 
 
-def runs_of(record: Mapping[str, Any]) -> list[RunSummary]:
-    """The runs that a record of training states, as they were but for the samples that could not be read.
+def origins(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Commit, date, machine and versions of each run of a record."""
+    return record.get("origins") or [{key: record[key] for key in _ORIGIN}] * record["n"]
+
+
+def runs_of(record: Mapping[str, Any], path: str | Path) -> list[RunSummary]:
+    """The runs of a record of training, as far as it states them.
 
     Args:
-        record: Of one recipe, with its ``recipe`` and ``history``.
+        record: Of one recipe.
+        path: Where it lies, for errors.
+
+    Raises:
+        UserError: It lacks the recipe, the history of a run or one of the numbers that training records.
     """
     from .loop import RunSummary
 
-    origins = record.get("origins", [{key: record[key] for key in ORIGIN}] * record["n"])
+    metrics, histories = record["metrics"], record.get("history", ())
+    missing = [name for name in _FACTS if name not in metrics]
+    if missing or "recipe" not in record or len(histories) != record["n"]:
+        lacks = missing or ["recipe and the history of each run"]
+        raise UserError(f"{path}: lacks {', '.join(lacks)}: no record of training; remove it")
     return [
         RunSummary(
             model=record["recipe"]["model"],
             data=record["recipe"]["data"],
             seed=seed,
             steps=int(history[-1]["step"]),
-            metrics={name: m["values"][k] for name, m in record["metrics"].items() if name not in FACTS},
+            metrics={name: m["values"][k] for name, m in metrics.items() if name not in _FACTS},
             history=history,
             resumed_from=0,
             origin=origin,
             data_note=record["data"],
-            **{name: record["metrics"][name]["values"][k] for name in FACTS},
+            **{name: metrics[name]["values"][k] for name in _FACTS},
         )
-        for k, (seed, history, origin) in enumerate(zip(record["seeds"], record["history"], origins, strict=True))
+        for k, (seed, history, origin) in enumerate(zip(record["seeds"], histories, origins(record), strict=True))
     ]
 
 
