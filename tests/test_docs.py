@@ -9,6 +9,7 @@ import pytest
 from pages import run_page
 
 import mgic
+from mgic.experiments import EXPERIMENTS, file_name
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/theory.md", "docs/choosing.md")
@@ -175,6 +176,20 @@ def test_the_table_of_segmentation_is_the_records():
         row("pixels right", "test_pixel_accuracy", spread=True),
         *(row(key.removeprefix("test_iou_"), key) for key in classes),
     ]
+
+
+def test_the_table_of_accuracies_is_the_records():
+    for variant, group_size, coarsest, params, score in table("docs/choosing.md", "accuracy"):
+        name = "parts" if variant in EXPERIMENTS["parts"].variants else "effects"
+        found = record(f"experiments/{name}/{file_name(variant)}")
+        stated, right = found["recipe"]["model_args"], found["metrics"]["test_accuracy"]
+        assert (group_size, coarsest) == (
+            str(stated["group_size"]),
+            "-" if "plan" in str(stated) else str(stated["coarsest"]),
+        )
+        assert params == f"{found['metrics']['params']['values'][0]:,}"
+        assert score == f"{right['mean']:.1f} ± {right['std']:.1f}"
+        assert len(right["values"]) == 3
 
 
 def test_what_a_block_needs_in_training_is_what_the_page_says():

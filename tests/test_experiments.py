@@ -307,3 +307,10 @@ def test_the_page_is_what_the_records_say():
     assert (ROOT / "docs" / "experiments.md").read_text() == experiments_markdown(outcomes), (
         "mgic experiment --markdown > docs/experiments.md"
     )
+
+
+def test_the_readme_has_the_summary_of_the_page():
+    page, readme = ((ROOT / name).read_text() for name in ("docs/experiments.md", "README.md"))
+    summary = page.partition("## In short\n\n")[2].partition("\n\n")[0]
+    assert summary.count("\n") >= 2
+    assert f"<!-- claims -->\n{summary}\n<!-- /claims -->" in readme
