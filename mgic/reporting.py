@@ -283,7 +283,7 @@ _EXPERIMENTS = """What the papers claim, tested at a budget that two CPU cores c
 (15 where it says longer), a schedule of that length, and all test images there are. A difference is the mean, over seeds, of
 what two runs of one seed differ by, in points, with its 95 % interval by Student's t. A claim *holds* where the whole
 interval is above zero (or above minus the margin in brackets), *does not hold* where all of it is below, and is *undecided*
-otherwise: three runs decide only what is large, and of some thirty claims chance alone will decide one or two.
+otherwise: three to five runs decide only what is large, and of some thirty claims chance alone will decide one or two.
 
 `mgic experiment NAME` repeats one; the records are in `results/experiments/`."""
 
