@@ -259,8 +259,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OUTCOME_COLUMNS = ("variant", "params", "MACs", "ms", "runs", "train %", "test %")
-SUMMARY_COLUMNS = ("experiment", "claim", "here", "difference (95 %)", "n")
 CLAIM_COLUMNS = ("claim", "who says so", "here", "difference (95 %)", "n")
+SUMMARY_COLUMNS = ("experiment", CLAIM_COLUMNS[0], *CLAIM_COLUMNS[2:])
 
 
 def outcome_cells(variant: str, outcome: Outcome) -> list[str]:
@@ -315,10 +315,8 @@ def experiments_markdown(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
 
 def _summary(name: str, outcomes: Mapping[str, Outcome]) -> list[list[str]]:
     """The claims of an experiment that its runs say anything about."""
-    found = [finding for finding in findings(name, outcomes) if finding.difference]
-    return [
-        [name, *(dict(zip(CLAIM_COLUMNS, claim_cells(f), strict=True))[c] for c in SUMMARY_COLUMNS[1:])] for f in found
-    ]
+    cells = [claim_cells(finding) for finding in findings(name, outcomes) if finding.difference]
+    return [[name, says, *rest] for says, _, *rest in cells]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> list[str]:

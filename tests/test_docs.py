@@ -9,7 +9,7 @@ import pytest
 from pages import run_page
 
 import mgic
-from mgic.experiments import EXPERIMENTS, file_name
+from mgic.experiments import EXPERIMENTS, file_name, findings, read_outcomes
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/theory.md", "docs/choosing.md")
@@ -190,6 +190,19 @@ def test_the_table_of_accuracies_is_the_records():
         assert params == f"{found['metrics']['params']['values'][0]:,}"
         assert score == f"{right['mean']:.1f} ± {right['std']:.1f}"
         assert seeds == str(found["n"])
+
+
+def test_what_accuracies_differ_by_is_what_the_records_say():
+    said = " ".join((ROOT / "docs/choosing.md").read_text().partition("<!-- /accuracy -->")[2].split())
+    told = {"effects": range(3, 7), "parts": range(2)}  # places of their claims
+    for name, places in told.items():
+        found = findings(name, read_outcomes(name, ROOT / "results/experiments" / name))
+        for finding in (found[k] for k in places):
+            gap = finding.difference
+            interval = f" ({gap.low:.1f} to {gap.high:.1f})"
+            assert f"{gap.mean:.1f}" + (
+                interval if "s_g 16" not in finding.claim.says else ", undecided"
+            ) in said.replace(" points", "")
 
 
 def test_what_a_block_needs_in_training_is_what_the_page_says():

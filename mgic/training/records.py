@@ -146,9 +146,9 @@ def training_metrics(runs: Sequence[RunSummary]) -> dict[str, list[float]]:
 
 def origins_of(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """What a record says of where its runs were finished: the last one's origin, and all of them where they differ."""
-    origins = [{key: run.origin[key] for key in _ORIGIN} for run in runs]
-    apart = any(one[key] != origins[0][key] for one in origins for key in _ORIGIN if key != "date")
-    return {**origins[-1], **({"origins": origins} if apart else {})}
+    each = [{key: run.origin[key] for key in _ORIGIN} for run in runs]
+    apart = any(one[key] != each[0][key] for one in each for key in _ORIGIN if key != "date")
+    return {**each[-1], **({"origins": each} if apart else {})}
 
 
 def origins(record: Mapping[str, Any]) -> list[dict[str, Any]]:
