@@ -14,6 +14,7 @@ from .tables import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, float]]
@@ -27,6 +28,15 @@ def _panels(count: int, size: tuple[float, float] = PLAIN) -> "tuple[Figure, Seq
 
     figure = Figure(figsize=(size[0] * count, size[1]), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _log_ticks(axis: "Axis", *, prefixes: bool = False) -> None:
+    """Numbers at 1, 2 and 5 times the powers of ten, few enough to be read; with ``prefixes`` 200k instead of 200000."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(sep="") if prefixes else "{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _save(figure: "Figure", path: Path, title: str) -> None:
@@ -60,6 +70,7 @@ def plot_outcomes(outcomes: Mapping[str, Outcome], path: Path, title: str) -> No
             x, y, spread = zip(*sorted(points), strict=True)
             ax.errorbar(x, y, spread, marker="o", capsize=3, label=name)
         ax.set_xscale("log")
+        _log_ticks(ax.xaxis, prefixes=cost != "ms")
         ax.set_xlabel(COSTS[cost])
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("test accuracy [%]")
@@ -164,8 +175,6 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         path: PNG file.
         title: Above the plots.
     """
-    from matplotlib.ticker import LogLocator
-
     times: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["ms"] is not None and row["path"] != TRAINING:
@@ -189,9 +198,7 @@ def plot_times(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         axis.set(xscale="log", yscale="log", xlabel="multiply-adds of one input [10⁶]", ylabel="time of a call [ms]")
         axis.set_title(f"batch {batch}, {threads} thread(s)")
         for direction in (axis.xaxis, axis.yaxis):
-            direction.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            direction.set_major_formatter("{x:g}")
-            direction.set_minor_formatter("")
+            _log_ticks(direction)
         axis.margins(0.1)
         axis.grid(visible=True, which="both", alpha=0.3)
         if fastest:
