@@ -194,7 +194,7 @@ def test_the_table_of_accuracies_is_the_records():
 
 def test_what_accuracies_differ_by_is_what_the_records_say():
     said = " ".join((ROOT / "docs/choosing.md").read_text().partition("<!-- /accuracy -->")[2].split())
-    told = {"effects": range(3, 7), "parts": range(2), "overfitting": range(3)}  # places of their claims
+    told = {"effects": range(3, 7), "parts": range(2), "overfitting": range(3), "width": range(3)}  # places of their claims
     for name, places in told.items():
         found = findings(name, read_outcomes(name, ROOT / "results/experiments" / name))
         for finding in (found[k] for k in places):
@@ -203,6 +203,18 @@ def test_what_accuracies_differ_by_is_what_the_records_say():
             assert f"{gap.mean:.1f}" + (
                 interval if "s_g 16" not in finding.claim.says else ", undecided"
             ) in said.replace(" points", "")
+
+
+def test_the_light_networks_accuracies_are_the_records():
+    found = read_outcomes("lightweight", ROOT / "results/experiments/lightweight")
+    shown = {name: cells for name, *cells in table("docs/choosing.md", "contest")}
+    assert shown.keys() == found.keys()
+    for name, (params, macs, ms, score) in shown.items():
+        right, costs = found[name].record["metrics"]["test_accuracy"], found[name].costs
+        assert params == f"{costs['params'] / 1e6:.1f} M"
+        assert macs == f"{costs['macs'] / 1e6:.1f} M"
+        assert ms == f"{costs['ms']:.2f}"
+        assert score == f"{right['mean']:.1f} ± {right['std']:.1f}"
 
 
 def test_what_a_block_needs_in_training_is_what_the_page_says():
