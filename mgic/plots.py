@@ -31,7 +31,7 @@ def _panels(count: int, size: tuple[float, float] = PLAIN) -> "tuple[Figure, Seq
 
 
 def _log_ticks(axis: "Axis", *, prefixes: bool = False) -> None:
-    """Numbers at 1, 2 and 5 times the powers of ten, few enough to be read; with ``prefixes`` 200k instead of 200000."""
+    """Numbers at 1, 2 and 5 times the powers of ten, even steps on a short axis; with ``prefixes`` 200k, not 200000."""
     from matplotlib.ticker import EngFormatter, LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
