@@ -210,6 +210,20 @@ def test_what_accuracies_differ_by_is_what_the_records_say():
             ) in said.replace(" points", "")
 
 
+def test_what_is_learned_of_the_training_images_is_what_the_records_say():
+    said = " ".join((ROOT / "docs/choosing.md").read_text().split())
+    found = read_outcomes("width", ROOT / "results/experiments/width")
+    learned, lost = {}, {}
+    for name, outcome in found.items():
+        right, test = (outcome.record["metrics"][f"{part}_accuracy"]["mean"] for part in ("train", "test"))
+        learned.setdefault(name.partition(":")[0], []).append(right)
+        lost.setdefault(name.partition(":")[0], []).append(right - test)
+    for family, start in (("MGIC", "a width gets"), ("dense", "a dense one")):
+        assert f"{start} {min(learned[family]):.0f} to {max(learned[family]):.0f} %" in said
+    assert f"they lose {min(lost['MGIC']):.1f} to {max(lost['MGIC']):.1f} points" in said
+    assert f"the dense ones {min(lost['dense']):.1f} to {max(lost['dense']):.1f}" in said
+
+
 def test_the_light_networks_accuracies_are_the_records():
     found = read_outcomes("lightweight", ROOT / "results/experiments/lightweight")
     shown = {name: cells for name, *cells in table("docs/choosing.md", "contest")}
@@ -220,6 +234,10 @@ def test_the_light_networks_accuracies_are_the_records():
         assert macs == f"{costs['macs'] / 1e6:.1f} M"
         assert ms == f"{costs['ms']:.2f}"
         assert score == f"{right['mean']:.1f} ± {right['std']:.1f}"
+    ours, theirs = (found[name].costs for name in ("MGIC-MobileNetV3 1.0", "MobileNetV3-Large 0.75"))
+    said = " ".join((ROOT / "docs/choosing.md").read_text().split())
+    assert f"takes {ours['ms'] / theirs['ms']:.2f} times the time of MobileNetV3-Large 0.75" in said
+    assert f"at {ours['macs'] / theirs['macs']:.2f} of its multiply-adds" in said
 
 
 def test_what_a_block_needs_in_training_is_what_the_page_says():
